@@ -1,0 +1,297 @@
+"""DGPO: Mitigating Likelihood Displacement with Bidirectional KL Divergence Gap
+https://openreview.net/forum?id=wmi6satsIu
+
+DPO widens the gap between chosen and rejected responses, mostly by lowering both. DGPO maximises the forward minus the
+reverse KL divergence between the two, which is the gap of their log-probs, and weighs it with how likely the model finds
+them: a pair pushes hard where the model is sure, softly where it has drifted away. There is no reference model.
+
+    loss = -log s( beta * (pi_w + pi_l) * (log pi_w - log pi_l) )                                              (Eq. 11)
+
+    s                     the logistic function
+    log pi_w, log pi_l    log-probs of the chosen and the rejected response, averaged over its tokens (docs/dgpo.md)
+    pi_w, pi_l            their exponentials; part of the graph, not detached (Sec. 3.2 differentiates them)
+    beta                  the only hyper-parameter
+
+On the toy (two CPU cores, two minutes), on one GPU, on eight:
+
+    python dgpo.py --model toy/model --dataset toy/train.jsonl --eval-dataset toy/test.jsonl --lr 1e-4
+    accelerate launch dgpo.py --model mistralai/Mistral-7B-Instruct-v0.2 --gradient-checkpointing
+    accelerate launch --config_file configs/fsdp2.yaml dgpo.py --model mistralai/Mistral-7B-Instruct-v0.2
+"""
+
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+from transformers import AutoTokenizer, get_scheduler
+
+import common
+from common import collate, fail, load_preferences, micro_batches, response_logps, step_pairs
+
+
+@dataclass
+class Args:
+    # Model and data
+    model: str = "mistralai/Mistral-7B-Instruct-v0.2"
+    """Model to train: a name on the hub or a directory (Sec. 4.1)"""
+    dataset: str = "HuggingFaceH4/ultrafeedback_binarized"
+    """Preference pairs: a name on the hub, or a .json, .jsonl or .parquet file (Sec. 4.1)"""
+    train_split: str = "train_prefs"
+    """Split of a hub data set to train on"""
+    eval_dataset: str = ""
+    """Pairs for evaluation; empty: --eval-split of a --dataset on the hub, none beside a local file"""
+    eval_split: str = "test_prefs"
+    """Split of a hub data set to evaluate on"""
+    max_length: int = 2048
+    """Tokens of prompt and response together (App. E)"""
+    max_prompt_length: int = 1800
+    """Tokens that the prompt keeps, its last ones, where a pair is longer than max_length (SimPO's recipe)"""
+
+    # ALGO: begin
+    beta: float = 2.5
+    """Weight of the KL gap (Sec. 4.1: SimPO's setting)"""
+    # ALGO: end
+
+    # Optimisation
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """AdamW (App. E)"""
+    lr: float = 5e-7
+    """Peak learning rate (not in the paper; SimPO's for this model and data)"""
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """Learning rate after the warm-up (not in the paper; SimPO's)"""
+    warmup: float = 0.1
+    """Linear warm-up: a share of all steps if below 1, else steps (App. E)"""
+    weight_decay: float = 0.0
+    """Weight decay (transformers' default)"""
+    max_grad_norm: float = 1.0
+    """Norm to which the gradient is clipped (transformers' default)"""
+    batch_size: int = 16
+    """Pairs per optimizer step, over all processes (App. E)"""
+    epochs: int = 1
+    """Passes over the pairs (App. E)"""
+    steps: int = 0
+    """Optimizer steps; 0: as many as --epochs gives"""
+    seed: int = 0
+    """Seed of the shuffle, of LoRA's initial weights and of its dropout"""
+
+    # LoRA
+    lora_rank: int = 0
+    """Rank of the adapters on all linear layers; 0: train all weights (App. E)"""
+    lora_alpha: float = 16
+    """Scale of the adapters, times 1/rank"""
+    lora_dropout: float = 0.0
+    """Dropout of the adapters' input"""
+
+    # Hardware
+    tokens_per_device: int = 8192
+    """Bound on the tokens of one micro-batch; changes speed and memory, not the result"""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time"""
+    attn_implementation: Literal["", "sdpa", "eager", "flex_attention"] = ""
+    """How attention is computed; empty: transformers' choice for the model"""
+
+    # Bookkeeping
+    output_dir: str = "runs/dgpo"
+    """Where args.json, metrics.jsonl, curves.png, checkpoints/ and model/ go"""
+    eval_every: int = 50
+    """Steps between evaluations, besides the ones at the start and at the end"""
+    save_every: int = 100
+    """Steps between checkpoints, besides the ones after the first and the last step"""
+    resume: bool = False
+    """Continue the run in --output-dir from its last checkpoint"""
+    overwrite: bool = False
+    """Delete the run in --output-dir first"""
+    track: Literal["", "tensorboard", "wandb"] = ""
+    """Also log to this tracker"""
+    trust_remote_code: bool = False
+    """Run code that comes with the model"""
+
+
+# ALGO: begin
+def dgpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float) -> Tensor:
+    """Eq. 11 for each pair.
+
+    chosen_logps, rejected_logps: log pi_w and log pi_l, averaged over the tokens, (pairs,). Returns (pairs,).
+    """
+    weight = chosen_logps.exp() + rejected_logps.exp()  # (pairs,): pi_w + pi_l
+    return -logsigmoid(beta * weight * (chosen_logps - rejected_logps))
+
+
+def forward(model, batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each pair, and what is logged of it: all (pairs,)."""
+    chosen_logps, rejected_logps = response_logps(model, batch)
+    a, b = chosen_logps / batch.chosen_lengths, rejected_logps / batch.rejected_lengths
+    losses = dgpo_loss(a, b, args.beta)
+    pi_w, pi_l = a.detach().exp(), b.detach().exp()
+    return losses, {
+        "rewards/margin": args.beta * (pi_w + pi_l) * (a - b),
+        "rewards/accuracy": (a > b).float(),
+        "logps/chosen": a,
+        "logps/rejected": b,
+        "pi_w": pi_w,
+        "pi_l": pi_l,
+        # How hard the gradient of Eq. 11 pushes log pi_w up for each unit it pushes log pi_l down (docs/dgpo.md).
+        "d_w/d_l": (pi_w + pi_l + pi_w * (a - b)) / (pi_w + pi_l - pi_l * (a - b)),
+    }
+
+
+PANELS = [("loss",), ("logps/chosen", "logps/rejected"), ("rewards/accuracy",), ("rewards/margin",), ("pi_w", "pi_l")]
+# ALGO: end
+
+
+def global_means(sums: dict[str, Tensor], count: int, accelerator: Accelerator) -> dict[str, float]:
+    """Sums over this process's pairs -> means over the `count` pairs of all processes; waits for the device once."""
+    values = accelerator.reduce(torch.stack([value.double() for value in sums.values()]))
+    return {name: value / count for name, value in zip(sums, values.tolist())}
+
+
+@torch.no_grad()
+def evaluate(compute, model, dataset, row_tokens: int, accelerator: Accelerator) -> dict[str, float]:
+    """Means of the loss and of all metrics that `compute` gives over the evaluation pairs."""
+    model.eval()
+    sums = defaultdict(float)
+    pairs = list(range(len(dataset)))
+    plan = micro_batches(pairs, common.pair_lengths(dataset), row_tokens, accelerator.num_processes)
+    for indices in plan[accelerator.process_index]:
+        batch = collate([dataset[i] for i in indices or pairs[:1]]).to(accelerator.device)
+        losses, metrics = compute(batch)
+        for name, values in {"loss": losses, **metrics}.items():
+            sums[name] += values.sum() * bool(indices)
+    model.train()
+    return {f"eval/{name}": value for name, value in global_means(sums, len(dataset), accelerator).items()}
+
+
+def main(args: Args) -> None:
+    common.check_args(args)
+    accelerator = common.start_accelerator(args)
+    # ALGO: begin
+    if not args.beta > 0:
+        fail(f"--beta {args.beta}: expected a number above 0")
+    # ALGO: end
+    common.check_run(args, accelerator)
+
+    # Data, and how it falls into steps. Everything below that is random is a function of the seed and the step.
+    tokenizer = common.from_hub(AutoTokenizer, args.model, args)
+    limits = args.max_length, args.max_prompt_length
+    train_data = load_preferences(args.dataset, tokenizer, args.train_split, *limits)
+    eval_source = args.eval_dataset or ("" if common.is_file(args.dataset) else args.dataset)
+    eval_data = load_preferences(eval_source, tokenizer, args.eval_split, *limits) if eval_source else None
+    steps_per_epoch = len(train_data) // args.batch_size
+    if not steps_per_epoch:
+        fail(f"--batch-size {args.batch_size} is more than the {len(train_data)} pairs of {args.dataset}")
+    total_steps = args.steps or args.epochs * steps_per_epoch
+    lengths = common.pair_lengths(train_data)
+
+    # Model, optimizer, schedule
+    model = common.load_model(args, accelerator)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones
+    warmup_steps = round(args.warmup * total_steps if args.warmup < 1 else args.warmup)
+    # Not prepared: a prepared schedule takes a step per process.
+    schedule = get_scheduler(args.schedule, optimizer.optimizer, warmup_steps, total_steps)
+    row_tokens = common.row_tokens(model, args.tokens_per_device)
+    common.check_packing(model, train_data, accelerator.device)
+
+    accelerator.print(
+        f"model {args.model}: {sum(p.numel() for p in trained) / 1e6:,.2f}M trained parameters on "
+        f"{accelerator.num_processes} x {accelerator.device.type}\n"
+        f"{total_steps} steps of {args.batch_size} pairs, {steps_per_epoch} an epoch; the last "
+        f"{len(train_data) % args.batch_size} pairs of an epoch's shuffle are left out\n"
+        f"rows of at most {row_tokens} tokens, {sum(lengths) / len(lengths):.0f} tokens a pair on average\n"
+        f"{common.show_pair(tokenizer, train_data[0])}"
+    )
+
+    # Output directory, or the state of the run to resume
+    checkpoint = common.begin_run(args, accelerator)
+    state = {"step": 0, "data": common.data_fingerprint(train_data)}
+    # ALGO: begin
+
+    def compute(batch):
+        return forward(model, batch, args)
+
+    # ALGO: end
+    if checkpoint:
+        state = common.load_checkpoint(args, checkpoint, model, optimizer.optimizer, state["data"])
+        schedule.load_state_dict(state["schedule"])
+    history = common.read_metrics(args, state["step"])
+    if not history:
+        start = evaluate(compute, model, eval_data, row_tokens, accelerator) if eval_data else {}
+        history = [{"step": 0, **start}]
+    common.write_metrics(args, accelerator, history)
+
+    progress = tqdm(
+        total=total_steps,
+        initial=state["step"],
+        desc=Path(__file__).stem,
+        disable=not accelerator.is_local_main_process,
+    )
+    for step in range(state["step"], total_steps):
+        started = time.perf_counter()
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)  # LoRA's dropout
+        pairs = step_pairs(step, len(train_data), args.batch_size, args.seed)
+        plan = micro_batches(pairs, lengths, row_tokens, accelerator.num_processes)[accelerator.process_index]
+        sums = defaultdict(float)
+        # ALGO: begin
+        for number, indices in enumerate(plan):
+            batch = collate([train_data[i] for i in indices or pairs[:1]]).to(accelerator.device)
+            with common.gradient_sync(accelerator, model, last=number == len(plan) - 1):
+                losses, metrics = compute(batch)
+                # Processes' gradients are averaged, so this is the mean over the global batch however it was split.
+                weight = bool(indices) * accelerator.num_processes / args.batch_size
+                (losses.sum() * weight).backward()
+            for name, values in {"loss": losses, **metrics}.items():
+                sums[name] += values.detach().sum() * bool(indices)
+            sums["tokens"] += torch.tensor(batch.input_ids.numel() * bool(indices), device=accelerator.device)
+        # ALGO: end
+        means = global_means(sums, args.batch_size, accelerator)
+        grad_norm = common.whole(accelerator.clip_grad_norm_(trained, args.max_grad_norm)).item()
+        if not math.isfinite(means["loss"] + grad_norm):
+            fail(
+                f"step {step + 1}: loss {means['loss']}, gradient norm {grad_norm}; stopped before the update. "
+                f"The last checkpoint in {args.output_dir} is good; a lower --lr may help"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        row = {"step": step + 1, **means, "grad_norm": grad_norm, "lr": schedule.get_last_lr()[0]}
+        row["tokens_per_second"] = row.pop("tokens") * args.batch_size / (time.perf_counter() - started)
+        schedule.step()
+
+        done = step + 1 == total_steps
+        if eval_data and (done or (step + 1) % args.eval_every == 0):
+            row |= evaluate(compute, model, eval_data, row_tokens, accelerator)
+            for name in ("logps/chosen", "logps/rejected"):  # likelihood displacement at a glance
+                row[f"eval/{name}_delta"] = row[f"eval/{name}"] - history[0][f"eval/{name}"]
+        history.append(row)
+        common.log_metrics(args, accelerator, row)
+        progress.update()
+        progress.set_postfix(
+            {name: f"{row[name]:.3f}" for name in ("loss", "rewards/accuracy", "logps/chosen", "logps/rejected")}
+        )
+        if done or step == 0 or (step + 1) % args.save_every == 0:
+            state |= {"step": step + 1, "schedule": schedule.state_dict()}
+            common.save_checkpoint(args, accelerator, model, optimizer.optimizer, state)
+            common.plot_curves(args, accelerator, history, PANELS)
+    progress.close()
+    common.plot_curves(args, accelerator, history, PANELS)
+    common.save_model(args, accelerator, model, tokenizer)
+    common.print_summary(args, accelerator, history)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
