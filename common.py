@@ -63,9 +63,9 @@ def fail(message: str) -> NoReturn:
 def load_preferences(source: str, tokenizer, split: str, max_length: int, max_prompt_length: int) -> Dataset:
     """Read preference pairs and tokenize them.
 
-    source is a local .json, .jsonl or .parquet file or a data set on the hub, of which `split` is
-    taken. Rows have `chosen` and `rejected`, and where those do not contain it a `prompt`: text, or
-    lists of {"role", "content"} messages, which go through the tokenizer's chat template.
+    source is a local .json, .jsonl or .parquet file, or a data set on the hub, of which `split` is taken. Rows have
+    `chosen` and `rejected`, and where those do not contain it a `prompt`: text, or lists of {"role", "content"}
+    messages, which go through the tokenizer's chat template.
 
     Returns a Dataset with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int). prompt + response is the tokenized
     whole, cut behind its end token; a token that straddles the border belongs to the responses. A pair longer than
@@ -285,11 +285,10 @@ class PreferenceBatch:
     ref_rejected_logps: Tensor  # (pairs,)
 
     def to(self, device) -> "PreferenceBatch":
-        if torch.device(device).type == "cuda":  # pinned memory makes the copies run beside the computation
-            return PreferenceBatch(
-                *(getattr(self, f.name).pin_memory().to(device, non_blocking=True) for f in fields(self))
-            )
-        return self
+        tensors = [getattr(self, field.name) for field in fields(self)]
+        if torch.device(device).type == "cuda":  # from pinned memory the copies run beside the computation
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return PreferenceBatch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def collate(rows: list[dict], parts: tuple[str, ...] = ("chosen", "rejected")) -> PreferenceBatch:
@@ -340,7 +339,7 @@ def step_pairs(step: int, num_pairs: int, batch_size: int, seed: int) -> list[in
 def micro_batches(pairs: list[int], lengths: list[int], max_tokens: int, num_processes: int) -> list[list[list[int]]]:
     """Split pairs over the processes, and each share into micro-batches of at most max_tokens tokens.
 
-    lengths are tokens per pair; a longer pair gets a micro-batch to itself. Returns [process][micro-batch][pair]. Shares
+    lengths are tokens per pair; a longer pair is a micro-batch by itself. Returns [process][micro-batch][pair]. Shares
     are equal in number and close in tokens. Every process gets as many micro-batches (FSDP would hang otherwise): an
     empty list stands for one that must run with weight zero.
     """
@@ -480,7 +479,7 @@ def start_accelerator(args) -> Accelerator:
         # Mixed precision is response_logits' own: accelerate's would copy all logits to float32.
         # Without cpu=True two processes on a machine without a GPU would each believe to be alone.
         accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(),
+            cpu=not torch.cuda.is_available(),
             mixed_precision="no",
             log_with=args.track or None,
             project_dir=args.output_dir,
@@ -637,7 +636,7 @@ def check_packing(model, dataset: Dataset, device) -> None:
     if not off < (5e-2 if logits.dtype == torch.bfloat16 else 1e-4):
         fail(
             f"{name} gives other log-probs for packed pairs than for plain sequences ({off:.2g} a token), so it "
-            f"ignores 4-D masks or position_ids (recurrent state, ALiBi?); use a plain decoder such as Llama, Mistral or Qwen"
+            f"ignores 4-D masks or position_ids (recurrent state, ALiBi?); use a plain decoder like Llama, Mistral or Qwen"
         )
     model.train(training)
 
@@ -667,7 +666,7 @@ def add_reference(args, accelerator: Accelerator, model, dataset: Dataset, pairs
     path = Path(args.output_dir, "reference", f"{name}.safetensors")
     reference = load_frozen(args.ref_model, args, accelerator) if args.ref_model else model
     weights = [whole(parameter.sum(dtype=torch.float64)).item() for parameter in reference.parameters()]
-    fingerprint = {"fingerprint": data_fingerprint(dataset.select(pairs), weights, pairs)}
+    fingerprint = {"fingerprint": data_fingerprint(dataset.select(pairs), weights, pairs, len(dataset))}
 
     stored = None
     if path.exists():
@@ -854,6 +853,9 @@ def plot_curves(args, accelerator: Accelerator, rows: list[dict], panels: list[t
         return
     import matplotlib
 
+    panels = [
+        names for names in panels if any(f"{prefix}{name}" in rows[-1] for name in names for prefix in ("", "eval/"))
+    ]
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -2,8 +2,8 @@
 https://openreview.net/forum?id=wmi6satsIu
 
 DPO widens the gap between chosen and rejected responses, mostly by lowering both. DGPO maximises the forward minus the
-reverse KL divergence between the two, which is the gap of their log-probs, and weighs it with how likely the model finds
-them: a pair pushes hard where the model is sure, softly where it has drifted away. There is no reference model.
+reverse KL divergence between the two, which is the gap of their log-probs, and weighs it with how likely the model
+finds them: a pair pushes hard where the model is sure, softly where it has drifted away. There is no reference model.
 
     loss = -log s( beta * (pi_w + pi_l) * (log pi_w - log pi_l) )                                              (Eq. 11)
 

@@ -1,0 +1,324 @@
+"""Diverse Preference Learning for Capabilities and Alignment (DPL; published as Soft Preference Learning)
+https://arxiv.org/abs/2511.08594
+
+DPO's KL penalty makes a policy as certain as its raters are not: with 80% of them on one side it gives that answer with
+99.9999% (Prop. 3.1, beta 0.1). DPL takes the penalty apart and weighs entropy and cross-entropy one by one.
+
+    max  E[r] + alpha H(pi) - beta H(pi, ref)                                                                  (Eq. 4)
+    loss = -log s( alpha * (a - b) - beta * (a0 - b0) )                                                        (Eq. 5)
+    a share p of raters prefers y:  pi(y) ~ ref(y)^(beta/alpha) p^(1/alpha)                                (Prop. 3.2)
+
+    s             the logistic function
+    a, b          log pi(y_w|x) and log pi(y_l|x), summed over the tokens; a0, b0 the same under the reference
+    alpha, beta   weights of entropy and cross-entropy; alpha / beta is a temperature over whole sequences, 1 is DPO
+
+The same family as hdpo.py: dpl(alpha, beta) is hdpo(alpha / beta, beta); the recipes differ.
+On the toy (two CPU cores), on one GPU, on eight:
+
+    python dpl.py --model toy/model --dataset toy/train.jsonl --eval-dataset toy/test.jsonl \
+        --lr 1e-3 --steps 250 --warmup 25
+    accelerate launch dpl.py --model mistralai/Mistral-7B-Instruct-v0.2
+    accelerate launch --config_file configs/ddp.yaml dpl.py --model mistralai/Mistral-7B-Instruct-v0.2
+"""
+
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+from tqdm import tqdm
+from transformers import AutoTokenizer, get_scheduler
+
+import common
+from common import collate, fail, load_preferences, micro_batches, response_logps, step_pairs
+
+
+@dataclass
+class Args:
+    # Model and data
+    model: str = "mistralai/Mistral-7B-Instruct-v0.2"
+    """Model to train: a name on the hub or a directory (App. B.3)"""
+    dataset: str = "Anthropic/hh-rlhf"
+    """Preference pairs: a name on the hub, or a .json, .jsonl or .parquet file (App. B.3)"""
+    train_split: str = "train"
+    """Split of a hub data set to train on"""
+    eval_dataset: str = ""
+    """Pairs for evaluation; empty: --eval-split of a --dataset on the hub, none beside a local file"""
+    eval_split: str = "test"
+    """Split of a hub data set to evaluate on"""
+    max_length: int = 512
+    """Tokens of prompt and response together (App. B.3)"""
+    max_prompt_length: int = 384
+    """Tokens that the prompt keeps, its last ones, where a pair is longer than max_length (not in the paper)"""
+
+    # ALGO: begin
+    alpha: float = 0.12
+    """Weight of the entropy (the paper sweeps alpha / beta = 1, 1.1, 1.2, 1.3, 1.5, 2, 4 and 11, App. B.3)"""
+    beta: float = 0.1
+    """Weight of the cross-entropy to the reference (App. B.3)"""
+    ref_model: str = ""
+    """Reference policy; empty: the model before training"""
+    # ALGO: end
+
+    # Optimisation
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """AdamW (not in the paper)"""
+    lr: float = 1e-5
+    """Peak learning rate (App. B.3)"""
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """Learning rate after the warm-up (not in the paper)"""
+    warmup: float = 150
+    """Linear warm-up: a share of all steps if below 1, else steps (App. B.3)"""
+    weight_decay: float = 0.0
+    """Weight decay (transformers' default)"""
+    max_grad_norm: float = 1.0
+    """Norm to which the gradient is clipped (transformers' default)"""
+    batch_size: int = 8
+    """Pairs per optimizer step, over all processes (App. B.3)"""
+    epochs: int = 1
+    """Passes over the pairs, where --steps is 0"""
+    steps: int = 5000
+    """Optimizer steps; 0: as many as --epochs gives (App. B.3)"""
+    seed: int = 0
+    """Seed of the shuffle, of LoRA's initial weights and of its dropout"""
+
+    # LoRA
+    lora_rank: int = 16
+    """Rank of the adapters on all linear layers; 0: train all weights (App. B.3)"""
+    lora_alpha: float = 16
+    """Scale of the adapters, times 1/rank (App. B.3)"""
+    lora_dropout: float = 0.05
+    """Dropout of the adapters' input (App. B.3)"""
+
+    # Hardware
+    tokens_per_device: int = 8192
+    """Bound on the tokens of one micro-batch; changes speed and memory, not the result"""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time"""
+    attn_implementation: Literal["", "sdpa", "eager", "flex_attention"] = ""
+    """How attention is computed; empty: transformers' choice for the model"""
+
+    # Bookkeeping
+    output_dir: str = "runs/dpl"
+    """Where args.json, metrics.jsonl, curves.png, checkpoints/ and model/ go"""
+    eval_every: int = 500
+    """Steps between evaluations, besides the ones at the start and at the end"""
+    save_every: int = 500
+    """Steps between checkpoints, besides the ones after the first and the last step"""
+    resume: bool = False
+    """Continue the run in --output-dir from its last checkpoint"""
+    overwrite: bool = False
+    """Delete the run in --output-dir first"""
+    track: Literal["", "tensorboard", "wandb"] = ""
+    """Also log to this tracker"""
+    trust_remote_code: bool = False
+    """Run code that comes with the model"""
+
+
+# ALGO: begin
+def dpl_loss(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    alpha: float,
+    beta: float,
+) -> Tensor:
+    """Eq. 5 for each pair. All log-probs are sums over the response's tokens, (pairs,); returns (pairs,)."""
+    chosen = alpha * chosen_logps - beta * ref_chosen_logps  # (pairs,): alpha a - beta a0
+    rejected = alpha * rejected_logps - beta * ref_rejected_logps  # (pairs,): alpha b - beta b0
+    return -logsigmoid(chosen - rejected)
+
+
+def forward(model, batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of each pair, and what is logged of it: all (pairs,)."""
+    a, b = response_logps(model, batch)
+    a0, b0 = batch.ref_chosen_logps.to(a.dtype), batch.ref_rejected_logps.to(b.dtype)
+    losses = dpl_loss(a, b, a0, b0, args.alpha, args.beta)
+    margins = args.alpha * (a - b) - args.beta * (a0 - b0)
+    return losses, {
+        "rewards/margin": margins,
+        "rewards/accuracy": (margins > 0).float(),
+        "logps/chosen": a / batch.chosen_lengths,
+        "logps/rejected": b / batch.rejected_lengths,
+        "logps/chosen_delta": (a - a0) / batch.chosen_lengths,
+        "logps/rejected_delta": (b - b0) / batch.rejected_lengths,
+    }
+
+
+PANELS = [
+    ("loss",),
+    ("logps/chosen", "logps/rejected"),
+    ("logps/chosen_delta", "logps/rejected_delta"),
+    ("rewards/accuracy",),
+    ("rewards/margin",),
+    ("grad_norm",),
+]
+# ALGO: end
+
+
+def global_means(sums: dict[str, Tensor], count: int, accelerator: Accelerator) -> dict[str, float]:
+    """Sums over this process's pairs -> means over the `count` pairs of all processes; waits for the device once."""
+    values = accelerator.reduce(torch.stack([value.double() for value in sums.values()]))
+    return {name: value / count for name, value in zip(sums, values.tolist())}
+
+
+@torch.no_grad()
+def evaluate(compute, model, dataset, row_tokens: int, accelerator: Accelerator) -> dict[str, float]:
+    """Means of the loss and of all metrics that `compute` gives over the evaluation pairs."""
+    model.eval()
+    sums = defaultdict(float)
+    pairs = list(range(len(dataset)))
+    plan = micro_batches(pairs, common.pair_lengths(dataset), row_tokens, accelerator.num_processes)
+    for indices in plan[accelerator.process_index]:
+        batch = collate([dataset[i] for i in indices or pairs[:1]]).to(accelerator.device)
+        losses, metrics = compute(batch)
+        for name, values in {"loss": losses, **metrics}.items():
+            sums[name] += values.sum() * bool(indices)
+    model.train()
+    return {f"eval/{name}": value for name, value in global_means(sums, len(dataset), accelerator).items()}
+
+
+def main(args: Args) -> None:
+    common.check_args(args)
+    accelerator = common.start_accelerator(args)
+    # ALGO: begin
+    for name in ("alpha", "beta"):
+        if not getattr(args, name) > 0:
+            fail(f"--{name} {getattr(args, name)}: expected a number above 0")
+    # ALGO: end
+    common.check_run(args, accelerator)
+
+    # Data, and how it falls into steps. Everything below that is random is a function of the seed and the step.
+    tokenizer = common.from_hub(AutoTokenizer, args.model, args)
+    limits = args.max_length, args.max_prompt_length
+    train_data = load_preferences(args.dataset, tokenizer, args.train_split, *limits)
+    eval_source = args.eval_dataset or ("" if common.is_file(args.dataset) else args.dataset)
+    eval_data = load_preferences(eval_source, tokenizer, args.eval_split, *limits) if eval_source else None
+    steps_per_epoch = len(train_data) // args.batch_size
+    if not steps_per_epoch:
+        fail(f"--batch-size {args.batch_size} is more than the {len(train_data)} pairs of {args.dataset}")
+    total_steps = args.steps or args.epochs * steps_per_epoch
+    lengths = common.pair_lengths(train_data)
+
+    # Model, optimizer, schedule
+    model = common.load_model(args, accelerator)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if args.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+    else:
+        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones
+    warmup_steps = round(args.warmup * total_steps if args.warmup < 1 else args.warmup)
+    # Not prepared: a prepared schedule takes a step per process.
+    schedule = get_scheduler(args.schedule, optimizer.optimizer, warmup_steps, total_steps)
+    row_tokens = common.row_tokens(model, args.tokens_per_device)
+    common.check_packing(model, train_data, accelerator.device)
+
+    accelerator.print(
+        f"model {args.model}: {sum(p.numel() for p in trained) / 1e6:,.2f}M trained parameters on "
+        f"{accelerator.num_processes} x {accelerator.device.type}\n"
+        f"{total_steps} steps of {args.batch_size} pairs, {steps_per_epoch} an epoch; the last "
+        f"{len(train_data) % args.batch_size} pairs of an epoch's shuffle are left out\n"
+        f"rows of at most {row_tokens} tokens, {sum(lengths) / len(lengths):.0f} tokens a pair on average\n"
+        f"{common.show_pair(tokenizer, train_data[0])}"
+    )
+
+    # Output directory, or the state of the run to resume
+    checkpoint = common.begin_run(args, accelerator)
+    state = {"step": 0, "data": common.data_fingerprint(train_data)}
+    # ALGO: begin
+    # The reference is the initial policy: run once over the pairs of this run, before the first update and before a
+    # checkpoint is loaded, so that no second model is ever held beside the policy.
+    used = sorted(
+        {i for step in range(total_steps) for i in step_pairs(step, len(train_data), args.batch_size, args.seed)}
+    )
+    train_data = common.add_reference(args, accelerator, model, train_data, used, "train")
+    if eval_data:
+        eval_data = common.add_reference(args, accelerator, model, eval_data, list(range(len(eval_data))), "eval")
+
+    accelerator.print(f"global temperature alpha / beta = {args.alpha / args.beta:.4g}")
+
+    def compute(batch):
+        return forward(model, batch, args)
+
+    # ALGO: end
+    if checkpoint:
+        state = common.load_checkpoint(args, checkpoint, model, optimizer.optimizer, state["data"])
+        schedule.load_state_dict(state["schedule"])
+    history = common.read_metrics(args, state["step"])
+    if not history:
+        start = evaluate(compute, model, eval_data, row_tokens, accelerator) if eval_data else {}
+        history = [{"step": 0, **start}]
+    common.write_metrics(args, accelerator, history)
+
+    progress = tqdm(
+        total=total_steps,
+        initial=state["step"],
+        desc=Path(__file__).stem,
+        disable=not accelerator.is_local_main_process,
+    )
+    for step in range(state["step"], total_steps):
+        started = time.perf_counter()
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)  # LoRA's dropout
+        pairs = step_pairs(step, len(train_data), args.batch_size, args.seed)
+        plan = micro_batches(pairs, lengths, row_tokens, accelerator.num_processes)[accelerator.process_index]
+        sums = defaultdict(float)
+        # ALGO: begin
+        for number, indices in enumerate(plan):
+            batch = collate([train_data[i] for i in indices or pairs[:1]]).to(accelerator.device)
+            with common.gradient_sync(accelerator, model, last=number == len(plan) - 1):
+                losses, metrics = compute(batch)
+                # Processes' gradients are averaged, so this is the mean over the global batch however it was split.
+                weight = bool(indices) * accelerator.num_processes / args.batch_size
+                (losses.sum() * weight).backward()
+            for name, values in {"loss": losses, **metrics}.items():
+                sums[name] += values.detach().sum() * bool(indices)
+            sums["tokens"] += torch.tensor(batch.input_ids.numel() * bool(indices), device=accelerator.device)
+        # ALGO: end
+        means = global_means(sums, args.batch_size, accelerator)
+        grad_norm = common.whole(accelerator.clip_grad_norm_(trained, args.max_grad_norm)).item()
+        if not math.isfinite(means["loss"] + grad_norm):
+            fail(
+                f"step {step + 1}: loss {means['loss']}, gradient norm {grad_norm}; stopped before the update. "
+                f"The last checkpoint in {args.output_dir} is good; a lower --lr may help"
+            )
+        optimizer.step()
+        optimizer.zero_grad()
+        row = {"step": step + 1, **means, "grad_norm": grad_norm, "lr": schedule.get_last_lr()[0]}
+        row["tokens_per_second"] = row.pop("tokens") * args.batch_size / (time.perf_counter() - started)
+        schedule.step()
+
+        done = step + 1 == total_steps
+        if eval_data and (done or (step + 1) % args.eval_every == 0):
+            row |= evaluate(compute, model, eval_data, row_tokens, accelerator)
+            for name in ("logps/chosen", "logps/rejected"):  # likelihood displacement at a glance
+                row[f"eval/{name}_delta"] = row[f"eval/{name}"] - history[0][f"eval/{name}"]
+        history.append(row)
+        common.log_metrics(args, accelerator, row)
+        progress.update()
+        progress.set_postfix(
+            {name: f"{row[name]:.3f}" for name in ("loss", "rewards/accuracy", "logps/chosen", "logps/rejected")}
+        )
+        if done or step == 0 or (step + 1) % args.save_every == 0:
+            state |= {"step": step + 1, "schedule": schedule.state_dict()}
+            common.save_checkpoint(args, accelerator, model, optimizer.optimizer, state)
+            common.plot_curves(args, accelerator, history, PANELS)
+    progress.close()
+    common.plot_curves(args, accelerator, history, PANELS)
+    common.save_model(args, accelerator, model, tokenizer)
+    common.print_summary(args, accelerator, history)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
