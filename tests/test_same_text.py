@@ -1,0 +1,139 @@
+"""The five scripts differ where their algorithms do, and nowhere else: outside the ALGO blocks all is one text."""
+
+import ast
+import difflib
+import re
+import sys
+
+import pytest
+import tiny
+
+SCRIPTS = ("dgpo", "hdpo", "dpl", "eps_dpo", "dpo_pg")
+BLOCK = re.compile(r"^ *# ALGO: begin\n(.*?)^ *# ALGO: end\n", re.DOTALL | re.MULTILINE)
+TEXTS = {name: (tiny.ROOT / f"{name}.py").read_text() for name in SCRIPTS}
+
+
+def args_fields(text):
+    """(name, type, default, docstring) of the fields of Args, and the lines that they take."""
+    body = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == "Args").body
+    fields, lines = [], {}
+    for field, text_of_it in zip(body[::2], body[1::2], strict=True):
+        assert isinstance(field, ast.AnnAssign) and isinstance(text_of_it.value.value, str), ast.unparse(field)
+        name, kind = field.target.id, ast.unparse(field.annotation)
+        fields.append((name, kind, ast.literal_eval(field.value), text_of_it.value.value))
+        lines[field.lineno] = f"    {name}: {kind} = ..."
+        lines |= dict.fromkeys(range(text_of_it.lineno, text_of_it.end_lineno + 1), None)
+    return fields, lines
+
+
+def imports(text):
+    """What is imported, as module or module.name."""
+    names = set()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def skeleton(text):
+    """The text without ALGO blocks, module docstring, imports, and the defaults and docstrings of Args."""
+    tree = ast.parse(text)
+    replaced = args_fields(text)[1]
+    for node in [tree.body[0], *(n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom))]:
+        replaced |= dict.fromkeys(range(node.lineno, node.end_lineno + 1), None)
+    lines = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        line = replaced.get(number, line)
+        if line is not None:
+            lines.append(f"{line}\n")
+    return BLOCK.sub("# ALGO\n", "".join(lines))
+
+
+def difference(one, other):
+    return "".join(difflib.unified_diff(one.splitlines(True), other.splitlines(True), n=0))
+
+
+def blocks(text):
+    return [match.group(1) for match in BLOCK.finditer(text)]
+
+
+def block_with(text, part):
+    (found,) = [block for block in blocks(text) if part in block]
+    return found
+
+
+def check(texts):
+    """Raises AssertionError where a script's text differs outside what is the algorithm's."""
+    for name, text in texts.items():
+        assert text.count("# ALGO: begin\n") == text.count("# ALGO: end\n") == len(blocks(text)), name
+        off = difference(skeleton(texts["hdpo"]).replace("# ALGO\n", ""), skeleton(text).replace("# ALGO\n", ""))
+        assert not re.sub(r"^(---|\+\+\+|@@).*\n|^[+-]\s*\n", "", off, flags=re.MULTILINE), (
+            f"hdpo.py, {name}.py:\n{off}"
+        )
+    loops = {name: block_with(texts[name], "in enumerate(plan)") for name in ("hdpo", "dpl", "eps_dpo", "dgpo")}
+    for name, loop in loops.items():
+        assert loop == loops["hdpo"], f"hdpo.py, {name}.py:\n{difference(loops['hdpo'], loop)}"
+
+
+def test_same_text():
+    check(TEXTS)
+
+
+@pytest.mark.parametrize(
+    "line, changed",
+    [
+        ("        optimizer.zero_grad()\n        row =", "        row ="),
+        ("                (losses.sum() * weight).backward()\n", "                losses.sum().backward()\n"),
+        ("args.batch_size, args.seed)\n        plan", "args.batch_size, 0)\n        plan"),
+        ("    lr: float =", "    lr: int ="),
+        ("    # Optimisation\n", "    # Optimization\n"),
+        ("    model.train()\n", ""),
+    ],
+    ids=range(6),
+)
+@pytest.mark.parametrize("script", ["dgpo", "dpl", "eps_dpo"])
+def test_a_changed_line_is_found(script, line, changed):
+    """One line of one script changed, outside ALGO or in the loop that four of them share."""
+    assert line in TEXTS[script]
+    with pytest.raises(AssertionError, match=script):
+        check({**TEXTS, script: TEXTS[script].replace(line, changed, 1)})
+
+
+def test_defaults_and_docstrings_may_differ():
+    check({**TEXTS, "dpl": re.sub(r'lr: float = .*\n    """.*"""', 'lr: float = 7.0\n    """Why not"""', TEXTS["dpl"])})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_args_fields(script):
+    """Outside ALGO: the same names and types in the same order in all scripts; every field has a docstring."""
+    own = [field[:2] for field in args_fields(TEXTS[script])[0]]
+    algo = [f for block in blocks(TEXTS[script]) for f in re.findall(r"^    (\w+): .* = .*$", block, re.MULTILINE)]
+    base = [field[:2] for field in args_fields(TEXTS["dgpo"])[0] if field[0] != "beta"]
+    assert [field for field in own if field[0] not in algo] == base
+    assert all(text.strip() for *_, text in args_fields(TEXTS[script])[0])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_field_is_read(script):
+    """In the script or in common, by name or in a list of names to check."""
+    common = (tiny.ROOT / "common.py").read_text()
+    for name, *_ in args_fields(TEXTS[script])[0]:
+        assert re.search(rf"\bargs\.{name}\b", TEXTS[script] + common), f"{script}.py: args.{name} is never read"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_imports(script):
+    """Libraries and common only; what other scripts do not import is used in ALGO lines, or they would differ."""
+    installed = sys.stdlib_module_names | {"torch", "tyro", "accelerate", "peft", "tqdm", "transformers", "common"}
+    assert {name.split(".")[0] for name in imports(TEXTS[script])} <= installed
+    shared = set.intersection(*(imports(text) for text in TEXTS.values()))
+    algo = "".join(blocks(TEXTS[script]))
+    for name in imports(TEXTS[script]) - shared:
+        assert re.search(rf"\b{name.split('.')[-1]}\b", algo), f"{script}.py imports {name}"
+
+
+def test_common_imports_no_script():
+    names = {name.split(".")[0] for name in imports((tiny.ROOT / "common.py").read_text())}
+    assert not names & {*SCRIPTS, "eval_passk"}
