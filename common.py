@@ -206,20 +206,24 @@ def to_texts(row: dict, where: str, tokenizer) -> tuple[str, str, str] | str:
         label = turns or not isinstance(prompt, str)
         prompt = chosen[:turns] if label else [{"role": "user", "content": prompt}]
         chosen, rejected = (chosen[turns:], rejected[turns:]) if label else (chosen, rejected)
+    elif chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for response in (chosen, rejected):
         if not "".join(message["content"] for message in response).strip():
             return "empty response"
         if any(message["role"] == "user" for message in response):
             return "a response holds a user's turn"
+    if prompt and prompt[-1]["role"] == "assistant":
+        return "the prompt ends with the assistant's own turn"
     if not prompt:
         fail(f'{where}: "chosen" and "rejected" have no leading turn in common and there is no "prompt"')
     try:
-        start = chat_text(tokenizer, prompt, add_generation_prompt=True)
-        whole = [chat_text(tokenizer, prompt + response) for response in (chosen, rejected)]
+        start = chat_text(tokenizer, prompt, row, add_generation_prompt=True)
+        whole = [chat_text(tokenizer, prompt + response, row) for response in (chosen, rejected)]
         if not all(text.startswith(start) for text in whole):
             # Some templates open the answer differently when they ask for one (say, with an empty thought).
             start = os.path.commonprefix([start, *whole])
-            if not start.startswith(chat_text(tokenizer, prompt)):
+            if not start.startswith(chat_text(tokenizer, prompt, row)):
                 fail(f"{where}: the chat template writes the prompt differently when the answer follows")
     except TemplateError:
         return "the chat template refuses it"
@@ -232,8 +236,13 @@ def hh_messages(text: str) -> list[dict]:
     return [{"role": roles[role], "content": said.strip()} for role, said in zip(turns[1::2], turns[2::2])]
 
 
-def chat_text(tokenizer, messages: list[dict], add_generation_prompt: bool = False) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+def chat_text(tokenizer, messages: list[dict], row: dict, add_generation_prompt: bool = False) -> str:
+    """The conversation through the template, with the row's `tools` and `chat_template_kwargs`, as TRL has them."""
+    tools, options = row.get("tools") or None, row.get("chat_template_kwargs") or {}
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+    )
 
 
 def end_text(tokenizer, text: str) -> str:
@@ -373,8 +382,8 @@ def micro_batches(pairs: list[int], lengths: list[int], max_tokens: int, num_pro
 def attention_mask(config, batch: PreferenceBatch, dtype: torch.dtype):
     """Token i sees token j when j is not behind it, of the same pair, and of the prompt or of the same response.
 
-    4-D, so that `transformers` passes it on untouched: bool for sdpa, additive for eager (which would add a bool as 0
-    or 1), a BlockMask for flex_attention. Where layers slide their window, it is measured on position_ids; models with
+    4-D, so that `transformers` passes it on untouched: additive for sdpa and eager (which would add a bool as 0 or 1),
+    a BlockMask for flex_attention. Where layers slide their window, it is measured on position_ids; models with
     both kinds of layers get a dict of two masks.
     """
     position = batch.position_ids[0]
@@ -389,9 +398,12 @@ def attention_mask(config, batch: PreferenceBatch, dtype: torch.dtype):
             return create_block_mask(visible, None, None, len(position), len(position), device=position.device)
         row = torch.arange(len(position), device=position.device)
         seen = visible(None, None, row[:, None], row[None, :])[None, None]  # (1, 1, tokens, tokens)
-        if config._attn_implementation == "sdpa":
-            return seen
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
+        # sdpa would take a bool as well, but turn it into floats anew in every layer and keep those for the backward
+        # pass. Rows are a multiple of 16 apart in memory, as its kernel on CUDA wants them.
+        kind = torch.bfloat16 if seen.is_cuda else dtype
+        width = -(-len(position) // 16) * 16
+        bias = torch.zeros(1, 1, len(position), width, dtype=kind, device=seen.device)[..., : len(position)]
+        return bias.masked_fill_(~seen, torch.finfo(kind).min)
 
     window = getattr(config, "sliding_window", None)
     layer_types = set(getattr(config, "layer_types", None) or ())
@@ -563,8 +575,15 @@ def load_model(args, accelerator: Accelerator):
 
 def load_frozen(name: str, args, accelerator: Accelerator):
     """A second model that is never trained: bf16 on a GPU, whole on every device."""
-    options = {"dtype": frozen_type(accelerator), "attn_implementation": args.attn_implementation or None}
-    model = from_hub(AutoModelForCausalLM, name, args, **options)
+    # As the policy computes: float32 weights under autocast keep embeddings, norms and residuals in float32, and bf16
+    # ones there would put a rounding error of 1e-2 between the two before any training.
+    alike = args.lora_rank or accelerator.distributed_type == DistributedType.FSDP
+    options = {"dtype": frozen_type(accelerator) if alike else torch.float32}
+    model = from_hub(AutoModelForCausalLM, name, args, **options, attn_implementation=args.attn_implementation or None)
+    embeddings = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
+            module.to(frozen_type(accelerator))
     return model.requires_grad_(False).eval().to(accelerator.device)
 
 
@@ -572,14 +591,20 @@ def frozen_type(accelerator: Accelerator) -> torch.dtype:
     return torch.bfloat16 if accelerator.device.type == "cuda" else torch.float32
 
 
-def check_memory(args, accelerator: Accelerator, frozen_copies: int = 0) -> None:
-    """Weights, gradients and AdamW's two moments in float32 are 16 bytes a parameter; frozen weights are 2 on a GPU."""
+def check_memory(args, accelerator: Accelerator, frozen_copies: int = 0, gradient_copies: int = 0) -> None:
+    """Refuse what cannot fit: trained weights with gradients and moments, frozen ones, and what the engine adds."""
     config = from_hub(AutoConfig, args.model, args)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code)
     count, devices = sum(p.numel() for p in empty.parameters()), accelerator.num_processes
     frozen = frozen_type(accelerator).itemsize
-    needed = count * (frozen if args.lora_rank else 16)
+    # AdamW: 4 for the weight, 4 for the gradient, 8 for two moments; RMSprop has one moment less.
+    trained = (16 if args.optimizer == "adamw" else 12) + 4 * gradient_copies
+    if accelerator.distributed_type == DistributedType.MULTI_GPU:
+        trained += 4  # DDP's buckets
+    if accelerator.device.type == "cuda" and accelerator.distributed_type != DistributedType.FSDP:
+        trained += 2  # autocast's bf16 copy; under FSDP2 it is a layer's at a time
+    needed = count * (frozen if args.lora_rank else trained)
     if accelerator.distributed_type == DistributedType.FSDP:
         needed //= devices
     needed += count * frozen * frozen_copies
@@ -629,7 +654,7 @@ def check_packing(model, dataset: Dataset, device) -> None:
                 logits = model(input_ids=ids, use_cache=False, logits_to_keep=len(response) + 1).logits[0, :-1]
             plain.append(token_logps(logits, ids[0, -len(response) :]).sum())
             counts.append(len(response))
-    off = ((packed - torch.stack(plain)).abs() / torch.tensor(counts, device=device)).max().item()
+    off = ((packed - torch.stack(plain)).abs().sum() / sum(counts)).item()  # a token, over all of them
     # Noise is about 1e-6 a token in float32 and 1e-2 in bf16; a token that sees what it must not moves far more.
     if not math.isfinite(off):
         fail(f"{name} gives log-probs that are no numbers (nan or inf) before any training; its weights are broken")
@@ -738,7 +763,8 @@ def check_run(args, accelerator: Accelerator) -> None:
         fail(f"{folder} already holds a run: choose another --output-dir, --resume it or --overwrite it")
     old = json.loads(saved.read_text())
     for name, value in asdict(args).items():
-        if name not in MAY_DIFFER and old.get(name) != value:
+        free = name in MAY_DIFFER and not (name == "tokens_per_device" and args.lora_dropout)  # dropout sees rows
+        if not free and old.get(name) != value:
             flag = name.replace("_", "-")
             fail(f"--resume with --{flag} {value}, but the run in {folder} was started with {old.get(name)}")
 

@@ -14,7 +14,7 @@ finds them: a pair pushes hard where the model is sure, softly where it has drif
 
 On the toy (two CPU cores, two minutes), on one GPU, on eight:
 
-    python dgpo.py --model toy/model --dataset toy/train.jsonl --eval-dataset toy/test.jsonl --lr 1e-4
+    python dgpo.py --model toy/model --dataset toy/train.jsonl --eval-dataset toy/test.jsonl --lr 1e-5
     accelerate launch dgpo.py --model mistralai/Mistral-7B-Instruct-v0.2 --gradient-checkpointing
     accelerate launch --config_file configs/fsdp2.yaml dgpo.py --model mistralai/Mistral-7B-Instruct-v0.2
 """
@@ -197,7 +197,8 @@ def main(args: Args) -> None:
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     else:
-        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay)
+        # One parameter at a time: all at once, the square roots would be one more copy of the model.
+        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay, foreach=False)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones

@@ -16,8 +16,8 @@ The same family as hdpo.py: dpl(alpha, beta) is hdpo(alpha / beta, beta); the re
 On the toy (two CPU cores), on one GPU, on eight:
 
     python dpl.py --model toy/model --dataset toy/train.jsonl --eval-dataset toy/test.jsonl \
-        --lr 1e-3 --steps 250 --warmup 25
-    accelerate launch dpl.py --model mistralai/Mistral-7B-Instruct-v0.2
+        --lr 3e-4 --steps 250 --warmup 25
+    accelerate launch dpl.py --model mistralai/Mistral-7B-Instruct-v0.2 --gradient-checkpointing
     accelerate launch --config_file configs/ddp.yaml dpl.py --model mistralai/Mistral-7B-Instruct-v0.2
 """
 
@@ -214,7 +214,8 @@ def main(args: Args) -> None:
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     else:
-        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay)
+        # One parameter at a time: all at once, the square roots would be one more copy of the model.
+        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay, foreach=False)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones

@@ -32,6 +32,7 @@ import torch
 import tyro
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
 from transformers import AutoTokenizer, get_scheduler
@@ -128,6 +129,15 @@ def inner(left: list[Tensor], right: list[Tensor], unit: float = 1.0) -> Tensor:
     return common.whole(sum((a * (b / unit)).sum(dtype=torch.float64) for a, b in zip(left, right)))
 
 
+def largest(gradient: Tensor) -> Tensor:
+    """Its largest absolute entry, over all shards (of a small tensor some processes have none); a float64 scalar."""
+    local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    entry = local.abs().amax().double() if local.numel() else local.new_zeros((), dtype=torch.float64)
+    if isinstance(gradient, DTensor):
+        return DTensor.from_local(entry, gradient.device_mesh, [Partial("max")]).full_tensor()
+    return entry
+
+
 def project(grads_chosen: list[Tensor], grads_rejected: list[Tensor], inplace: bool = False) -> list[Tensor]:
     """g of Definition H.1: g_w without its component along g_l where the two point the same way.
 
@@ -138,7 +148,7 @@ def project(grads_chosen: list[Tensor], grads_rejected: list[Tensor], inplace: b
         [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads] for grads in (grads_chosen, grads_rejected)
     )
     # In units of its largest entry g_l can be as tiny or huge as it likes: ||g_l||^2 neither under- nor overflows.
-    unit = torch.stack([common.whole(g.abs().amax()).double() for g in grads_rejected]).max().item() or 1.0
+    unit = torch.stack([largest(g) for g in grads_rejected]).max().item() or 1.0
     norm = common.whole(sum((g / unit).square().sum(dtype=torch.float64) for g in grads_rejected))  # ||g_l / unit||^2
     along = (inner(grads_chosen, grads_rejected, unit).clamp(min=0) / norm.clamp(min=1.0)).item()
     if not inplace:
@@ -208,6 +218,7 @@ def main(args: Args) -> None:
     # ALGO: begin
     if not args.dpo_beta > 0:
         fail(f"--dpo-beta {args.dpo_beta}: expected a number above 0")
+    common.check_memory(args, accelerator, gradient_copies=1)
     # ALGO: end
     common.check_run(args, accelerator)
 
@@ -229,7 +240,8 @@ def main(args: Args) -> None:
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     else:
-        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay)
+        # One parameter at a time: all at once, the square roots would be one more copy of the model.
+        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay, foreach=False)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones
@@ -309,6 +321,7 @@ def main(args: Args) -> None:
         product, norm_w, norm_l = inner(g_w, g_l).item(), inner(g_w, g_w).item() ** 0.5, inner(g_l, g_l).item() ** 0.5
         for parameter, gradient in zip(trained, project(g_w, g_l, inplace=True)):
             parameter.grad = gradient
+        del gradients, g_w, g_l, gradient  # or both copies would live through the next step's passes
         # ALGO: end
         means = global_means(sums, args.batch_size, accelerator)
         grad_norm = common.whole(accelerator.clip_grad_norm_(trained, args.max_grad_norm)).item()

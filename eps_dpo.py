@@ -19,7 +19,7 @@ pair's log-ratio moves with beta in one direction, takes the beta that separates
 On the toy (two CPU cores), on one GPU with LoRA, on eight:
 
     python eps_dpo.py --model toy/model --dataset toy/train.jsonl --eval-dataset toy/test.jsonl \
-        --lr 1e-4 --batch-size 16
+        --lr 1e-5 --batch-size 16
     accelerate launch eps_dpo.py --model mistralai/Mistral-7B-Instruct-v0.2 --lora-rank 16 --lr 1e-5
     accelerate launch --config_file configs/fsdp2.yaml eps_dpo.py --model mistralai/Mistral-7B-Instruct-v0.2
 """
@@ -191,7 +191,13 @@ def reference_hidden(reference, batch):
         torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"),
     ):
         inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
-        return bare.base_model(**inputs, use_cache=False)
+        kept = []
+        handle = bare.base_model.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+        try:  # through the outermost model, where FSDP2 gathers what no layer owns; its head runs on one token
+            reference(**inputs, logits_to_keep=batch.logit_positions[:1], use_cache=False)
+        finally:
+            handle.remove()
+        return kept[0]
 
 
 @torch.no_grad()
@@ -206,7 +212,7 @@ def reference_logits(reference, hidden, batch, chunk: int):
     try:
         for positions in batch.logit_positions.split(chunk):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = bare(input_ids=batch.input_ids, logits_to_keep=positions, use_cache=False).logits[0]
+                logits = reference(input_ids=batch.input_ids, logits_to_keep=positions, use_cache=False).logits[0]
             yield logits  # (chunk, vocab)
     finally:
         del bare.base_model.forward
@@ -281,7 +287,7 @@ def main(args: Args) -> None:
         fail(f"--beta {args.beta}: expected a number above 0")
     if not 0 <= args.epsilon < 1:
         fail(f"--epsilon {args.epsilon}: expected a number from 0 to below 1")
-    common.check_memory(args, accelerator, frozen_copies=not args.lora_rank)
+    common.check_memory(args, accelerator, frozen_copies=bool(args.ref_model or not args.lora_rank))
     # ALGO: end
     common.check_run(args, accelerator)
 
@@ -303,7 +309,8 @@ def main(args: Args) -> None:
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     else:
-        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay)
+        # One parameter at a time: all at once, the square roots would be one more copy of the model.
+        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay, foreach=False)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones

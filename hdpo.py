@@ -17,7 +17,7 @@ The same family as dpl.py: dpl's (alpha, beta) is alpha * beta and beta here.
 On the toy (two CPU cores), on one GPU, on eight:
 
     python hdpo.py --model toy/model --dataset toy/train.jsonl --eval-dataset toy/test.jsonl \
-        --lr 1e-4 --batch-size 16
+        --lr 1e-5 --batch-size 16
     accelerate launch hdpo.py --gradient-checkpointing
     accelerate launch --config_file configs/fsdp2.yaml hdpo.py
 """
@@ -215,7 +215,8 @@ def main(args: Args) -> None:
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
     else:
-        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay)
+        # One parameter at a time: all at once, the square roots would be one more copy of the model.
+        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay, foreach=False)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones
