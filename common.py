@@ -574,11 +574,11 @@ def load_model(args, accelerator: Accelerator):
 
 
 def load_frozen(name: str, args, accelerator: Accelerator):
-    """A second model that is never trained: bf16 on a GPU, whole on every device."""
-    # As the policy computes: float32 weights under autocast keep embeddings, norms and residuals in float32, and bf16
-    # ones there would put a rounding error of 1e-2 between the two before any training.
-    alike = args.lora_rank or accelerator.distributed_type == DistributedType.FSDP
-    options = {"dtype": frozen_type(accelerator) if alike else torch.float32}
+    """A second model that is never trained, whole on every device, in the types that the policy computes in."""
+    # Float32 weights under autocast keep embeddings, norms and residuals in float32; bf16 ones there would put a
+    # rounding error of 1e-2 between policy and reference before any training.
+    all_bf16 = args.lora_rank or accelerator.distributed_type == DistributedType.FSDP
+    options = {"dtype": frozen_type(accelerator) if all_bf16 else torch.float32}
     model = from_hub(AutoModelForCausalLM, name, args, **options, attn_implementation=args.attn_implementation or None)
     embeddings = model.get_input_embeddings().weight
     for module in model.modules():
@@ -661,7 +661,7 @@ def check_packing(model, dataset: Dataset, device) -> None:
     if not off < (5e-2 if logits.dtype == torch.bfloat16 else 1e-4):
         fail(
             f"{name} gives other log-probs for packed pairs than for plain sequences ({off:.2g} a token), so it "
-            f"ignores 4-D masks or position_ids (recurrent state, ALiBi?); use a plain decoder like Llama, Mistral or Qwen"
+            f"ignores 4-D masks or position_ids (recurrent, ALiBi?); use a plain decoder such as Llama, Mistral or Qwen"
         )
     model.train(training)
 

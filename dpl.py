@@ -13,20 +13,24 @@ DPO's KL penalty makes a policy as certain as its raters are not: with 80% of th
     alpha, beta   weights of entropy and cross-entropy; alpha / beta is a temperature over whole sequences, 1 is DPO
 
 The same family as hdpo.py: dpl(alpha, beta) is hdpo(alpha / beta, beta); the recipes differ.
+
 On the toy (two CPU cores), on one GPU, on eight:
 
     python dpl.py --model toy/model --dataset toy/train.jsonl --eval-dataset toy/test.jsonl \
-        --lr 3e-4 --steps 250 --warmup 25
+        --lr 1e-4 --steps 250 --warmup 25
     accelerate launch dpl.py --model mistralai/Mistral-7B-Instruct-v0.2 --gradient-checkpointing
     accelerate launch --config_file configs/ddp.yaml dpl.py --model mistralai/Mistral-7B-Instruct-v0.2
 """
 
 import math
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # CPU threads that spin while they wait slow each other down
 
 import torch
 import tyro
@@ -99,7 +103,7 @@ class Args:
 
     # Hardware
     tokens_per_device: int = 8192
-    """Bound on the tokens of one micro-batch; changes speed and memory, not the result"""
+    """Most tokens in a micro-batch (and 1.5 x the hidden size, but under flex_attention); the result does not change"""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time"""
     attn_implementation: Literal["", "sdpa", "eager", "flex_attention"] = ""
@@ -270,7 +274,8 @@ def main(args: Args) -> None:
     )
     for step in range(state["step"], total_steps):
         started = time.perf_counter()
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)  # LoRA's dropout
+        # For LoRA's dropout: a seed for each step and process, so that a resumed run drops the same.
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
         pairs = step_pairs(step, len(train_data), args.batch_size, args.seed)
         plan = micro_batches(pairs, lengths, row_tokens, accelerator.num_processes)[accelerator.process_index]
         sums = defaultdict(float)

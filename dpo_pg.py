@@ -13,6 +13,7 @@ more likely too. To first order the chosen log-prob rises, the rejected one does
 
 Inner products run over all parameters and the whole global batch. With another optimizer than SGD, g stands where the
 gradient would, and clipping clips g. No reference, no beta.
+
 On the toy (two CPU cores), on one GPU with LoRA, on eight:
 
     python dpo_pg.py --model toy/model --dataset toy/near_train.jsonl --eval-dataset toy/near_test.jsonl \
@@ -22,11 +23,14 @@ On the toy (two CPU cores), on one GPU with LoRA, on eight:
 """
 
 import math
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # CPU threads that spin while they wait slow each other down
 
 import torch
 import tyro
@@ -100,7 +104,7 @@ class Args:
 
     # Hardware
     tokens_per_device: int = 8192
-    """Bound on the tokens of one micro-batch; changes speed and memory, not the result"""
+    """Most tokens in a micro-batch (and 1.5 x the hidden size, but under flex_attention); the result does not change"""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time"""
     attn_implementation: Literal["", "sdpa", "eager", "flex_attention"] = ""
@@ -142,7 +146,7 @@ def project(grads_chosen: list[Tensor], grads_rejected: list[Tensor], inplace: b
     """g of Definition H.1: g_w without its component along g_l where the two point the same way.
 
     Lists of tensors, one a parameter, plain or DTensor; one inner product spans them all. Returns new tensors, float32
-    or wider; with `inplace` grads_chosen itself, overwritten. g_l = 0 leaves g_w as it is.
+    or wider; with `inplace` (float32 or wider only) grads_chosen itself, overwritten. g_l = 0 leaves g_w as it is.
     """
     grads_chosen, grads_rejected = (
         [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads] for grads in (grads_chosen, grads_rejected)
@@ -171,7 +175,7 @@ def pair_metrics(a: Tensor, b: Tensor, batch, args: Args) -> dict[str, Tensor]:
         metrics |= {
             "dpo_loss": -logsigmoid(margins),
             "rewards/margin": margins,
-            "rewards/accuracy": (margins > 0).float(),
+            "rewards/dpo_accuracy": (margins > 0).float(),
             "logps/chosen_delta": (a - a0) / batch.chosen_lengths,
             "logps/rejected_delta": (b - b0) / batch.rejected_lengths,
         }
@@ -218,6 +222,8 @@ def main(args: Args) -> None:
     # ALGO: begin
     if not args.dpo_beta > 0:
         fail(f"--dpo-beta {args.dpo_beta}: expected a number above 0")
+    if args.ref_model and not args.log_dpo_loss:
+        fail("--ref-model is the reference of --log-dpo-loss, which is not given")
     common.check_memory(args, accelerator, gradient_copies=1)
     # ALGO: end
     common.check_run(args, accelerator)
@@ -294,7 +300,8 @@ def main(args: Args) -> None:
     )
     for step in range(state["step"], total_steps):
         started = time.perf_counter()
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)  # LoRA's dropout
+        # For LoRA's dropout: a seed for each step and process, so that a resumed run drops the same.
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
         pairs = step_pairs(step, len(train_data), args.batch_size, args.seed)
         plan = micro_batches(pairs, lengths, row_tokens, accelerator.num_processes)[accelerator.process_index]
         sums = defaultdict(float)

@@ -26,11 +26,14 @@ On the toy (two CPU cores), on one GPU with LoRA, on eight:
 
 import contextlib
 import math
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # CPU threads that spin while they wait slow each other down
 
 import torch
 import tyro
@@ -104,7 +107,7 @@ class Args:
 
     # Hardware
     tokens_per_device: int = 8192
-    """Bound on the tokens of one micro-batch; changes speed and memory, not the result"""
+    """Most tokens in a micro-batch (and 1.5 x the hidden size, but under flex_attention); the result does not change"""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time"""
     attn_implementation: Literal["", "sdpa", "eager", "flex_attention"] = ""
@@ -226,7 +229,7 @@ def forward(model, reference, batch, beta: float, args: Args, chunk: int = 512) 
         chunks = zip(logits.split(chunk), reference_logits(reference, hidden, batch, chunk), batch.targets.split(chunk))
         pieces = [perturbed_logps(*piece, args.epsilon) for piece in chunks]
         minus, plus, ref_logps, kl = (sum_responses(torch.cat(values), batch) for values in zip(*pieces))
-        # The criterion compares R_minus, R and R_plus; R itself is taken off from all three.
+        # R is subtracted from R_minus, R and R_plus, which changes no inequality (docs/eps_dpo.md, 1).
         r, r_minus, r_plus = torch.zeros_like(kl[0]), minus[0] - minus[1], plus[0] - plus[1]
         betas = adaptive_beta(r.double(), r_minus.double(), r_plus.double(), beta, args.epsilon)
     a, b = sum_responses(common.token_logps(logits, batch.targets), batch)
@@ -361,7 +364,8 @@ def main(args: Args) -> None:
     )
     for step in range(state["step"], total_steps):
         started = time.perf_counter()
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)  # LoRA's dropout
+        # For LoRA's dropout: a seed for each step and process, so that a resumed run drops the same.
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
         pairs = step_pairs(step, len(train_data), args.batch_size, args.seed)
         plan = micro_batches(pairs, lengths, row_tokens, accelerator.num_processes)[accelerator.process_index]
         sums = defaultdict(float)

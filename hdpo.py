@@ -14,6 +14,7 @@ weight of its own, alpha: below 1 the policy sharpens onto the reference's modes
     beta      weight of D_alpha against the reward
 
 The same family as dpl.py: dpl's (alpha, beta) is alpha * beta and beta here.
+
 On the toy (two CPU cores), on one GPU, on eight:
 
     python hdpo.py --model toy/model --dataset toy/train.jsonl --eval-dataset toy/test.jsonl \
@@ -23,11 +24,14 @@ On the toy (two CPU cores), on one GPU, on eight:
 """
 
 import math
+import os
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # CPU threads that spin while they wait slow each other down
 
 import torch
 import tyro
@@ -100,7 +104,7 @@ class Args:
 
     # Hardware
     tokens_per_device: int = 8192
-    """Bound on the tokens of one micro-batch; changes speed and memory, not the result"""
+    """Most tokens in a micro-batch (and 1.5 x the hidden size, but under flex_attention); the result does not change"""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time"""
     attn_implementation: Literal["", "sdpa", "eager", "flex_attention"] = ""
@@ -269,7 +273,8 @@ def main(args: Args) -> None:
     )
     for step in range(state["step"], total_steps):
         started = time.perf_counter()
-        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)  # LoRA's dropout
+        # For LoRA's dropout: a seed for each step and process, so that a resumed run drops the same.
+        torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
         pairs = step_pairs(step, len(train_data), args.batch_size, args.seed)
         plan = micro_batches(pairs, lengths, row_tokens, accelerator.num_processes)[accelerator.process_index]
         sums = defaultdict(float)

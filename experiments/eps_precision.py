@@ -1,16 +1,16 @@
 """Does epsilon-DPO adapt more often when epsilon is larger (Fig. 3 of the paper)? It depends on the arithmetic.
 
-    python experiments/eps_precision.py        (two CPU cores, about four minutes)
+    python experiments/eps_precision.py        (two CPU cores, about two minutes)
 
-Three seeds of eps_dpo.py on the toy, 40 steps each. Then, on the toy's test pairs, the share of pairs whose beta is adapted, for
-three epsilons and two ways to compute R, R_minus and R_plus of Eqs. 1-5:
+Three seeds of eps_dpo.py on the toy, 40 steps each. Then, on the toy's test pairs, the share of pairs whose beta is
+adapted, for three epsilons and two ways to compute R, R_minus and R_plus of Eqs. 1-5:
 
     exact    eps_dpo.perturbed_logps, in float32
     bf16     as a trainer does whose model returns bf16 logits: perturbed logits, log_softmax and sums all in bf16
 
-For small epsilon R_minus - R and R - R_plus are both epsilon times the same derivative, so they nearly always have one sign: in exact
-arithmetic almost every pair is adapted, whatever epsilon is. In bf16 a sum of log-probs has two to three digits, most
-perturbations round to a tie, and a larger epsilon breaks more ties.
+For small epsilon R_minus - R and R - R_plus are both epsilon times the same derivative, so they nearly always have one
+sign: in exact arithmetic almost every pair is adapted, whatever epsilon is. In bf16 a sum of log-probs has two to three
+digits, most perturbations round to a tie, and a larger epsilon breaks more ties.
 """
 
 import sys
@@ -62,7 +62,9 @@ def main():
     results = []
     for seed in range(3):
         out = ROOT / f"runs/eps_precision_{seed}"
-        args = eps_dpo.Args(model=str(toy / "model"), dataset=str(toy / "train.jsonl"), eval_dataset=str(toy / "test.jsonl"))
+        args = eps_dpo.Args(
+            model=str(toy / "model"), dataset=str(toy / "train.jsonl"), eval_dataset=str(toy / "test.jsonl")
+        )
         args.lr, args.batch_size, args.steps, args.seed = 1e-5, 16, 40, seed
         args.output_dir, args.overwrite = str(out), True
         eps_dpo.main(args)
