@@ -130,7 +130,8 @@ class Args:
 # ALGO: begin
 def inner(left: list[Tensor], right: list[Tensor], unit: float = 1.0) -> Tensor:
     """<left, right / unit> over all tensors and, where they are DTensors, all shards; a float64 scalar."""
-    return common.whole(sum((a * (b / unit)).sum(dtype=torch.float64) for a, b in zip(left, right)))
+    scaled = right if unit == 1.0 else (b / unit for b in right)
+    return common.whole(sum((a * b).sum(dtype=torch.float64) for a, b in zip(left, scaled)))
 
 
 def largest(gradient: Tensor) -> Tensor:

@@ -1,0 +1,110 @@
+"""What eps_dpo.py and dpo_pg.py cost beside DPO: one optimizer step on the same pairs, in one run.
+
+    python benchmarks/steps.py        (two CPU cores, about two minutes)
+
+    dpo live        DPO with a frozen second model run at every step, packed rows
+    eps_dpo         eps_dpo.forward, the same rows, the same frozen model
+    dpo unshared    DPO with stored reference log-probs, each response run with a prompt of its own
+    dpo_pg          the two passes of dpo_pg.py and the projection
+
+Each runs in a process of its own, whose peak memory is given. They take turns; a ratio is the median over the turns.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+VARIANTS = ("dpo live", "eps_dpo", "dpo unshared", "dpo_pg")
+TURNS = 5
+
+
+def side(variant: str) -> None:
+    """Take a step for every line on stdin, and say how long it took and what the process's peak memory is."""
+    import torch
+    from datasets import Dataset
+    from sides import make_model, make_pairs, peak_bytes
+    from torch.nn.functional import logsigmoid
+
+    import common
+    import dpo_pg
+    import eps_dpo
+
+    rows = make_pairs("hh", 8 * (TURNS + 1))
+    if variant in ("dpo unshared", "dpo_pg"):  # dpo_pg's plan, and so rows of about the same length in both
+        halves = [("chosen",), ("rejected",)]
+    else:
+        halves = [("chosen", "rejected")]
+    lengths, model = common.pair_lengths(Dataset.from_list(rows)), make_model().train()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+    reference = None
+    if variant in ("dpo live", "eps_dpo"):
+        reference = make_model().requires_grad_(False).eval()
+    args = eps_dpo.Args(epsilon=0.01)
+    for turn, _ in enumerate(sys.stdin):
+        started = time.perf_counter()
+        gradients = []
+        plan = common.micro_batches(list(range(8 * turn, 8 * turn + 8)), lengths, common.row_tokens(model, 8192), 1)[0]
+        for parts in halves if variant == "dpo_pg" else [None]:
+            for indices in plan:
+                batches = [common.collate([rows[i] for i in indices], half) for half in ([parts] if parts else halves)]
+                if variant == "dpo live":
+                    with torch.no_grad():
+                        a0, b0 = common.response_logps(reference, batches[0])
+                    a, b = common.response_logps(model, batches[0])
+                    loss = -logsigmoid(0.1 * ((a - a0) - (b - b0))).sum()
+                elif variant == "eps_dpo":
+                    loss = eps_dpo.forward(model, reference, batches[0], 0.1, args)[0].sum()
+                elif variant == "dpo unshared":
+                    a, b = common.response_logps(model, batches[0])[0], common.response_logps(model, batches[1])[1]
+                    loss = -logsigmoid(0.1 * (a - b)).sum()  # stored log-probs would be two constants
+                else:
+                    loss = -common.response_logps(model, batches[0])[parts == ("rejected",)].sum()
+                (loss / 8).backward()
+            if variant == "dpo_pg":
+                gradients.append([parameter.grad for parameter in parameters])
+                optimizer.zero_grad()
+        if variant == "dpo_pg":
+            dpo_pg.inner(*gradients), dpo_pg.inner(gradients[0], gradients[0]), dpo_pg.inner(gradients[1], gradients[1])
+            for parameter, gradient in zip(parameters, dpo_pg.project(*gradients, inplace=True)):
+                parameter.grad = gradient
+            del gradients, gradient
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak_bytes()}), flush=True)
+
+
+def main() -> None:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    sides = {variant: subprocess.Popen([sys.executable, __file__, variant], **pipes) for variant in VARIANTS}
+    seconds, peak = {variant: [] for variant in VARIANTS}, {}
+    for turn in range(TURNS + 1):
+        for variant, process in sides.items():
+            process.stdin.write("step\n")
+            process.stdin.flush()
+            answer = json.loads(process.stdout.readline())
+            peak[variant] = answer["peak"]
+            if turn:  # the first step allocates and warms up
+                seconds[variant].append(answer["seconds"])
+    for process in sides.values():
+        process.communicate()
+    for variant in VARIANTS:
+        print(
+            f"{variant:<14}{statistics.median(seconds[variant]):7.2f} s a step of 8 pairs{peak[variant] / 1e6:8.0f} MB"
+        )
+    for ours, base in (("eps_dpo", "dpo live"), ("dpo_pg", "dpo unshared")):
+        ratios = [one / other for one, other in zip(seconds[ours], seconds[base])]
+        print(
+            f"{ours} / {base}: time {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}), "
+            f"memory {peak[ours] / peak[base]:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    side(sys.argv[1]) if len(sys.argv) > 1 else main()
