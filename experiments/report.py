@@ -1,0 +1,168 @@
+"""What all experiments share: verdicts, the scripts as a user launches them, colours, and the files that they leave.
+
+An experiment NAME.py is readable on its own and leaves, in experiments/results/ (or --results):
+
+    NAME.md      its verdicts and its table
+    NAME.json    the same as data, with the commit and the time; all.py joins these files to results/README.md
+    NAME.png     its figure
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+STARTED = time.perf_counter()
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results"
+TOY = ROOT / "toy"
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+# One colour for one algorithm in every figure, and a scale for alpha, alpha/beta or epsilon where they are swept.
+COLOURS = {
+    "reference": "#7f7f7f",
+    "DPO": "#1f77b4",
+    "H-DPO": "#ff7f0e",
+    "DPL": "#2ca02c",
+    "eps-DPO": "#9467bd",
+    "DGPO": "#d62728",
+    "DPO-PG": "#8c564b",
+}
+
+
+@dataclass
+class Verdict:
+    """One line of results/README.md."""
+
+    claim: int
+    """Its number in results/README.md"""
+    paper: str
+    """As "H-DPO Fig. 1"."""
+    statement: str
+    """What the paper says, in a sentence"""
+    threshold: str
+    """What has to be measured here for "holds"; written in the file before its numbers were seen"""
+    holds: bool
+    numbers: str
+    """What was measured, with the spread over seeds"""
+
+
+def spread(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and, of several values, their range: "0.123 (0.120 to 0.127)"."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(header: Sequence, rows: Sequence[Sequence]) -> str:
+    """A markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def launch(script: str, *arguments, threads: int = 1) -> str:
+    """Run a script of this repository as a user does; what it printed. Fails with the end of that if the script did.
+
+    threads  of torch; one each for jobs that run side by side
+    """
+    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | ONE_THREAD | {"OMP_NUM_THREADS": str(threads)}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-3000:]}")
+    return done.stdout
+
+
+def side_by_side(jobs: Sequence, jobs_at_once: int = 0) -> list:
+    """Call functions without arguments, a thread for every core (or jobs_at_once); their results in order.
+
+    For functions that wait for processes, as launch does.
+    """
+    with ThreadPoolExecutor(jobs_at_once or os.cpu_count() or 1) as pool:
+        return list(pool.map(lambda job: job(), jobs))
+
+
+def metrics(folder: str | Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of one metric of a run, from its metrics.jsonl; "eval/..." too."""
+    rows = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row[name]) for row in rows if name in row]
+
+
+def passk(model: str | Path, folder: str | Path, task: str | Path, problems: int, n: int, *arguments) -> dict:
+    """Sample a model with eval_passk.py at temperature 1; its results at that temperature.
+
+    problems  at most this many of the task's
+    n         samples of each
+    """
+    launch(
+        "eval_passk.py", "--model", model, "--output-dir", folder, "--task", task, "--problems", problems, "--n", n,
+        "--temperatures", 1, "--max-new-tokens", 80, "--overwrite", *arguments,
+    )  # fmt: skip
+    return json.loads(Path(folder, "results.json").read_text())["temperatures"]["1"]
+
+
+def commit() -> str:
+    """The commit that the files are of, and whether they differ from it."""
+
+    def git(*arguments) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")
+    return (git("rev-parse", "--short", "HEAD") or "no git") + (" with changes" if changed else "")
+
+
+def axes(rows: int = 1, columns: int = 1, width: float = 9, height: float = 3.4):
+    """(figure, axes as an array of rows x columns) at a README's width, drawn without a screen."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "legend.fontsize": 8})
+    return plt.subplots(rows, columns, figsize=(width, height * rows), squeeze=False, layout="constrained")
+
+
+def shades(values: Sequence[float]) -> dict[float, tuple]:
+    """A colour for every value of a swept parameter, from dark (smallest) to light."""
+    import matplotlib
+
+    scale = matplotlib.colormaps["viridis"]
+    ordered = sorted(values)
+    return {value: scale(0.9 * i / max(1, len(ordered) - 1)) for i, value in enumerate(ordered)}
+
+
+def save(results: str | Path, name: str, verdicts: Sequence[Verdict], text: str, figure) -> None:
+    """Write NAME.md, NAME.json and NAME.png, and print the first.
+
+    text  the tables, in markdown
+    """
+    results = Path(results)
+    results.mkdir(parents=True, exist_ok=True)
+    figure.savefig(results / f"{name}.png", dpi=110)
+    lines = [
+        f"**Claim {v.claim}** ({v.paper}): {v.statement}\n\n- {'**holds**' if v.holds else '**does not hold**'}: "
+        f"{v.numbers}\n- threshold: {v.threshold}\n"
+        for v in verdicts
+    ]
+    page = f"# {name}\n\n" + "\n".join(lines) + f"\n{text.strip()}\n\n![{name}]({name}.png)\n"
+    (results / f"{name}.md").write_text(page)
+    data = {
+        "commit": commit(),
+        "seconds": round(time.perf_counter() - STARTED),
+        "verdicts": list(map(asdict, verdicts)),
+    }
+    (results / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    print(page)
