@@ -622,12 +622,12 @@ def check_memory(args, accelerator: Accelerator, frozen_copies: int = 0, gradien
 
 def row_tokens(model, tokens_per_device: int) -> int:
     """Tokens of a packed row. Under a dense mask attention costs the row's length squared, so rows stop where that is
-    a quarter of the matrix multiplications (24 h^2 a token and layer against 4 h * row); a block mask has no such cost.
+    an eighth of the matrix multiplications (24 h^2 a token and layer against 4 h * row); a block mask has no such cost.
     """
     config = getattr(model, "module", model).config
     if config._attn_implementation == "flex_attention":
         return tokens_per_device
-    return min(tokens_per_device, max(512, 3 * config.get_text_config().hidden_size // 2))
+    return min(tokens_per_device, max(512, 3 * config.get_text_config().hidden_size // 4))
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ class Args:
 
     # Hardware
     tokens_per_device: int = 8192
-    """Most tokens in a micro-batch (and 1.5 x the hidden size, but under flex_attention); the result does not change"""
+    """Most tokens in a micro-batch (and 0.75 x hidden size, but under flex_attention); the result does not change"""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time"""
     attn_implementation: Literal["", "sdpa", "eager", "flex_attention"] = ""
