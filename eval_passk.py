@@ -102,7 +102,7 @@ class Args:
     ks: tuple[int, ...] = ()
     """k of pass@k and maj@k; empty: the powers of two up to n, and n (DPL Table 3)"""
     difficulty_from: str = ""
-    """results.json of a base model: easy, medium, hard by its expected samples, <= 4, 5-64, > 64 (DPL 4.2)"""
+    """results.json of a base model: easy, medium, hard by its expected samples: to 4, to 64, more (DPL 4.2)"""
     diversity_samples: int = 25
     """Samples per problem, the first ones, for the diversity metrics (H-DPO A.4)"""
     embedder: str = ""
@@ -769,7 +769,7 @@ def difficulty_groups(path: str) -> dict[str, str]:
     groups = {}
     for p in first["problems"]:
         expected = p["n"] / p["c"] if p["c"] else math.inf
-        groups[p["id"]] = "easy (<= 4)" if expected <= 4 else "medium (5-64)" if expected <= 64 else "hard (> 64)"
+        groups[p["id"]] = "easy (<= 4)" if expected <= 4 else "medium (to 64)" if expected <= 64 else "hard (> 64)"
     return groups
 
 
@@ -780,7 +780,7 @@ def difficulty_groups(path: str) -> dict[str, str]:
 def read_results(path: str) -> dict:
     try:
         results = json.loads(Path(path).read_text())
-        assert results["temperatures"] and results["name"]
+        assert results["temperatures"] and results["name"] and results["task"]
         return results
     except (OSError, ValueError, KeyError, TypeError, AssertionError):
         fail(f"{path}: no results.json of this script")
@@ -967,6 +967,9 @@ def end_tokens(tokenizer, directory: str) -> list[int]:
 
 def main(args: Args) -> None:
     others = [read_results(path) for path in args.compare]
+    tasks = {Path(task).name for task in [result["task"] for result in others] + [args.task] * bool(args.model)}
+    if len(tasks) > 1:
+        fail(f"--compare: these are results on different tasks, {', '.join(sorted(tasks))}")
     if not args.model:
         if len(others) < 2:
             fail("give a --model, or two or more results.json files to --compare")

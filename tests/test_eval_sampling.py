@@ -304,12 +304,13 @@ def test_results_and_comparison(tiny, tmp_path, capsys):
     eval_passk.main(Args(compare=files, output_dir=str(tmp_path / "c")))
     assert (tmp_path / "c" / "passk.png").stat().st_size > 20_000
     hard = evaluate(tiny, tmp_path / "b", model="b", difficulty_from=files[0])
-    assert set(hard["temperatures"]["1"]["splits"]) <= {"easy (<= 4)", "medium (5-64)", "hard (> 64)"}
+    assert set(hard["temperatures"]["1"]["splits"]) <= {"easy (<= 4)", "medium (to 64)", "hard (> 64)"}
 
 
 def test_user_errors_are_one_clear_line(tiny, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"question": "1+1"}\n')
     (tmp_path / "words.jsonl").write_text('{"question": "1+1", "answer": "two"}\n')
+    (tmp_path / "other.json").write_text('{"name": "a", "task": "math", "temperatures": {"1": {}}}')
     (tmp_path / "torn.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"quest')
     tiny_args = {"model": str(tiny / "a"), "task": str(tiny / "problems.jsonl"), "output_dir": str(tmp_path / "out")}
     for changes, message in (
@@ -324,6 +325,7 @@ def test_user_errors_are_one_clear_line(tiny, tmp_path):
         ({"top_p": 0.0}, "--top-p"),
         ({"prompt": "chat"}, "no chat template"),
         ({"compare": (str(tmp_path / "bad.jsonl"),)}, "no results.json"),
+        ({"compare": (str(tmp_path / "other.json"),)}, "different tasks, math, problems.jsonl"),
         ({"model": ""}, "give a --model"),
         ({"model": str(tmp_path)}, "cannot be loaded"),
     ):
