@@ -1,8 +1,10 @@
-"""What eps_dpo.py and dpo_pg.py cost beside DPO: one optimizer step on the same pairs, in one run.
+"""What eps_dpo.py, dpo_pg.py and dgpo.py cost beside DPO: one optimizer step on the same pairs, in one run.
 
-    python benchmarks/steps.py        (two CPU cores, about two minutes)
+    python benchmarks/steps.py        (two CPU cores, about three minutes)
 
     dpo live        DPO with a frozen second model run at every step, packed rows
+    dpo stored      hdpo.py: reference log-probs stored before the first step, the same rows
+    dgpo            dgpo.py: no reference, the same rows
     eps_dpo         eps_dpo.forward, the same rows, the same frozen model
     dpo unshared    DPO with stored reference log-probs, each response run with a prompt of its own
     dpo_pg          the two passes of dpo_pg.py and the projection
@@ -15,11 +17,12 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-VARIANTS = ("dpo live", "eps_dpo", "dpo unshared", "dpo_pg")
+VARIANTS = ("dpo live", "dpo stored", "dgpo", "eps_dpo", "dpo unshared", "dpo_pg")
 TURNS = 5
 
 
@@ -31,6 +34,7 @@ def side(variant: str) -> None:
     from torch.nn.functional import logsigmoid
 
     import common
+    import dgpo
     import dpo_pg
     import eps_dpo
 
@@ -58,11 +62,16 @@ def side(variant: str) -> None:
                         a0, b0 = common.response_logps(reference, batches[0])
                     a, b = common.response_logps(model, batches[0])
                     loss = -logsigmoid(0.1 * ((a - a0) - (b - b0))).sum()
+                elif variant == "dpo stored":
+                    a, b = common.response_logps(model, batches[0])
+                    loss = -logsigmoid(0.1 * (a - b)).sum()  # stored log-probs would be two constants
+                elif variant == "dgpo":
+                    loss = dgpo.forward(model, batches[0], dgpo.Args())[0].sum()
                 elif variant == "eps_dpo":
                     loss = eps_dpo.forward(model, reference, batches[0], 0.1, args)[0].sum()
                 elif variant == "dpo unshared":
                     a, b = common.response_logps(model, batches[0])[0], common.response_logps(model, batches[1])[1]
-                    loss = -logsigmoid(0.1 * (a - b)).sum()  # stored log-probs would be two constants
+                    loss = -logsigmoid(0.1 * (a - b)).sum()
                 else:
                     loss = -common.response_logps(model, batches[0])[parts == ("rejected",)].sum()
                 (loss / 8).backward()
@@ -80,29 +89,43 @@ def side(variant: str) -> None:
         print(json.dumps({"seconds": time.perf_counter() - started, "peak": peak_bytes()}), flush=True)
 
 
-def main() -> None:
+def measure(
+    variants: Sequence[str], turns: int = TURNS, warmup: int = 1, script: str = __file__
+) -> dict[str, tuple[list[float], int]]:
+    """variant -> (seconds of each step, peak memory in bytes of its process). The variants take turns.
+
+    warmup  first steps, which allocate and compile, that are not timed
+    """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    sides = {variant: subprocess.Popen([sys.executable, __file__, variant], **pipes) for variant in VARIANTS}
-    seconds, peak = {variant: [] for variant in VARIANTS}, {}
-    for turn in range(TURNS + 1):
+    sides = {variant: subprocess.Popen([sys.executable, script, variant], **pipes) for variant in variants}
+    seconds, peak = {variant: [] for variant in variants}, {}
+    for turn in range(warmup + turns):
         for variant, process in sides.items():
             process.stdin.write("step\n")
             process.stdin.flush()
             answer = json.loads(process.stdout.readline())
             peak[variant] = answer["peak"]
-            if turn:  # the first step allocates and warms up
+            if turn >= warmup:
                 seconds[variant].append(answer["seconds"])
     for process in sides.values():
         process.communicate()
-    for variant in VARIANTS:
-        print(
-            f"{variant:<14}{statistics.median(seconds[variant]):7.2f} s a step of 8 pairs{peak[variant] / 1e6:8.0f} MB"
-        )
-    for ours, base in (("eps_dpo", "dpo live"), ("dpo_pg", "dpo unshared")):
-        ratios = [one / other for one, other in zip(seconds[ours], seconds[base])]
+    return {variant: (seconds[variant], peak[variant]) for variant in variants}
+
+
+def main() -> None:
+    found = measure(VARIANTS)
+    for variant, (seconds, peak) in found.items():
+        print(f"{variant:<14}{statistics.median(seconds):7.2f} s a step of 8 pairs{peak / 1e6:8.0f} MB")
+    for ours, base in (
+        ("dgpo", "dpo live"),
+        ("dgpo", "dpo stored"),
+        ("eps_dpo", "dpo live"),
+        ("dpo_pg", "dpo unshared"),
+    ):
+        ratios = [one / other for one, other in zip(found[ours][0], found[base][0])]
         print(
             f"{ours} / {base}: time {statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f}), "
-            f"memory {peak[ours] / peak[base]:.2f}"
+            f"memory {found[ours][1] / found[base][1]:.2f}"
         )
 
 
