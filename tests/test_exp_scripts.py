@@ -1,0 +1,160 @@
+"""The experiments that train with the scripts: fast versions of each, and the arithmetic of their verdicts.
+
+All but one run the scripts inside this process, where importing torch costs nothing; tests/test_run.py launches them.
+"""
+
+import contextlib
+import importlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
+
+import alpha_sweep  # noqa: E402
+import did_entropy  # noqa: E402
+import displacement  # noqa: E402
+import eps_control  # noqa: E402
+import hard_problems  # noqa: E402
+import reference_cost  # noqa: E402
+import report  # noqa: E402
+
+
+def inside(script, *arguments, threads=1):
+    """report.launch without a process."""
+    module = importlib.import_module(Path(script).stem)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+        module.main(tyro.cli(module.Args, args=[str(argument) for argument in arguments]))
+    return out.getvalue()
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(report, "launch", inside)
+    monkeypatch.setattr(report, "side_by_side", lambda jobs, jobs_at_once=0: [job() for job in jobs])
+
+
+def verdicts(results: Path, name: str) -> list[dict]:
+    """What the experiment left, after a look at all of it."""
+    data = json.loads((results / f"{name}.json").read_text())
+    page = (results / f"{name}.md").read_text()
+    assert (results / f"{name}.png").stat().st_size > 5000
+    assert data["commit"] and data["seconds"] >= 0
+    for verdict in data["verdicts"]:
+        assert verdict["threshold"] in page and verdict["numbers"] in page
+        assert "nan" not in verdict["numbers"] and verdict["numbers"]
+    return data["verdicts"]
+
+
+def test_displacement_launches_the_scripts(tmp_path):
+    args = displacement.Args(seeds=1, steps=2, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
+    displacement.main(args)
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "displacement")] == [6, 7, 15]
+    run = json.loads((tmp_path / "runs/dpo-unrelated-0.0001-0/args.json").read_text())
+    assert run["alpha"] == 1 and run["beta"] == 0.1 and run["dataset"].endswith("unrelated_train.jsonl")
+
+
+@pytest.mark.parametrize("kind", ["unrelated", "meaningless"])
+def test_exchanged_rejected_responses(kind, tmp_path):
+    source = report.TOY / "near_test.jsonl"
+    target = displacement.exchange(kind, source, tmp_path / "exchanged.jsonl")
+    before, after = ([json.loads(line) for line in path.read_text().splitlines()] for path in (source, target))
+    texts = [[row["rejected"][0]["content"] for row in rows] for rows in (before, after)]
+    assert [(row["prompt"], row["chosen"]) for row in before] == [(row["prompt"], row["chosen"]) for row in after]
+    if kind == "unrelated":
+        assert sorted(texts[0]) == sorted(texts[1])
+        assert not any(one == other for one, other in zip(*texts))
+    else:
+        assert [sorted(text) for text in texts[0]] == [sorted(text) for text in texts[1]]
+        assert sum(one == other for one, other in zip(*texts)) == 0
+
+
+def test_alpha_sweep(tmp_path, here):
+    args = alpha_sweep.Args(seeds=1, problems=4, n=4, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
+    alpha_sweep.main(args)
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "alpha_sweep")] == [8, 9]
+
+
+def made_up(alpha, beta, seed, args, slope=1.0):
+    """Diversity that rises with alpha where slope is 1, pass@k that falls with it."""
+    rise = slope * alpha + 0.01 * seed
+    diversity = {"entropy": rise, "distinct_1": rise, "distinct_2": rise, "self_bleu": 2 - rise}
+    return {"diversity": diversity, "pass@k": {str(k): {"mean": k / 64 - 0.1 * slope * alpha} for k in (1, 32)}}
+
+
+@pytest.mark.parametrize("slope", [1.0, -1.0])
+def test_alpha_sweep_judges_by_the_numbers(slope, tmp_path, monkeypatch, here):
+    monkeypatch.setattr(alpha_sweep, "train_and_sample", lambda *key: made_up(*key, slope=slope))
+    alpha_sweep.main(alpha_sweep.Args(results=str(tmp_path)))
+    assert [verdict["holds"] for verdict in verdicts(tmp_path, "alpha_sweep")] == [slope > 0] * 2
+
+
+def test_hard_problems(tmp_path, here):
+    args = hard_problems.Args(seeds=1, problems=4, n=4, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
+    hard_problems.main(args)
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "hard_problems")] == [10]
+    assert json.loads((tmp_path / "runs/ratio-2-0/args.json").read_text())["alpha"] == 2
+
+
+@pytest.mark.parametrize(("first", "last", "holds"), [(-0.1, 0.1, True), (0.1, 0.1, False), (-0.1, -0.1, False)])
+def test_hard_problems_asks_for_a_crossing(first, last, holds, tmp_path, monkeypatch, here):
+    def found(ratio, seed, hard, args):
+        return {1: 0.3 + first * (ratio > 1) + 0.01 * seed, 128: 0.6 + last * (ratio > 1) - 0.01 * seed}
+
+    monkeypatch.setattr(hard_problems, "train_and_sample", found)
+    monkeypatch.setattr(hard_problems, "find_hard", lambda args: report.TOY / "near_test.jsonl")
+    hard_problems.main(hard_problems.Args(results=str(tmp_path)))
+    assert [verdict["holds"] for verdict in verdicts(tmp_path, "hard_problems")] == [holds]
+
+
+def test_eps_control(tmp_path, here):
+    args = eps_control.Args(seeds=1, problems=2, n=2, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
+    eps_control.main(args)
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "eps_control")] == [12] * 4
+
+
+def test_reward_at_a_kl_lies_on_the_frontier():
+    frontier = [(4.0, 0.8), (1.0, 0.2), (2.0, 0.6)]
+    assert eps_control.at_kl(1.5, frontier) == pytest.approx(0.4)
+    assert eps_control.at_kl(3.0, frontier) == pytest.approx(0.7)
+    assert eps_control.at_kl(4.0, frontier) == pytest.approx(0.8)
+    assert eps_control.at_kl(0.9, frontier) is None and eps_control.at_kl(4.1, frontier) is None
+
+
+def test_did_entropy(tmp_path, here):
+    did_entropy.main(did_entropy.Args(seeds=1, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True))
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "did_entropy")] == [13]
+
+
+def test_did_entropy_wants_both_models():
+    with pytest.raises(SystemExit, match="--model and --reference go together"):
+        did_entropy.main(did_entropy.Args(model="somewhere"))
+
+
+def test_entropy_of_one_token_is_the_exact_one():
+    """With one token per sample the entropy is that of the softmax after the prompt."""
+    model = LlamaForCausalLM.from_pretrained(report.TOY / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(report.TOY / "model")
+    args = did_entropy.Args(max_new_tokens=1, samples=400)
+    prompts = did_entropy.read_prompts(str(report.TOY / "near_test.jsonl"), tokenizer, args)[:12]
+    assert len({len(prompt) for prompt in prompts}) > 1  # so that the shorter ones are padded
+    with torch.no_grad():
+        exact = []
+        for prompt in prompts:
+            logps = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+            exact.append(-(logps.exp() * logps).sum())
+    exact, found = torch.stack(exact).mean().item(), did_entropy.entropy(model, [tokenizer.eos_token_id], prompts, args)
+    assert exact > 0.1
+    assert found[0] == pytest.approx(exact, rel=0.05)  # 4,800 samples
+    assert found[1] == found[0]
+
+
+def test_reference_cost(tmp_path):
+    reference_cost.main(reference_cost.Args(results=str(tmp_path), fast=True))
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "reference_cost")] == [14]
