@@ -76,8 +76,11 @@ THRESHOLD_FALLS = (
     "mean ECE falls at every step of the sweep; the worst seed at the largest alpha/beta is below the best seed at 1; "
     f"mean accuracy at every alpha/beta is at least DPO's - {ACCURACY_KEPT}"
 )
+# The second threshold first asked for a mean merely below the base's. 0.025 met that against 0.028, which is noise at
+# this number of questions; since then it asks for two standard errors, which is harder to meet.
 THRESHOLD_BASE = (
-    "DPO's ECE is above the base model's in every seed; at some alpha/beta the mean ECE is below the base's"
+    "DPO's ECE is above the base model's in every seed; at some alpha/beta the mean ECE is below the base's by two "
+    "standard errors of the difference (bootstrap over the questions)"
 )
 
 LETTERS = "ABCD"
@@ -164,6 +167,8 @@ def read_questions(path: str, seed: int) -> list[Question]:
 def mmlu(row: dict, where: str, rng: random.Random) -> Question:
     """{"question", "options": [text, ...], "answer": "B"}"""
     options, answer = row.get("options"), row.get("answer")
+    if isinstance(options, list):  # copies of MMLU that went through pandas have NaN where the choice reads "None"
+        options = ["None" if option != option else option for option in options]
     if not (isinstance(options, list) and 2 <= len(options) <= 4 and all(isinstance(o, str) for o in options)):
         fail(f'{where}: expected "options" as a list of two to four texts')
     if not isinstance(answer, str) or answer not in tuple(LETTERS[: len(options)]):
@@ -175,7 +180,8 @@ def truthfulqa(row: dict, where: str, rng: random.Random) -> Question:
     """{"question", "mc1_targets": {text: 1 or 0, ...}}. The right one comes first and there are up to thirteen, so
     three wrong ones are drawn and all are shuffled; two or three choices stay two or three."""
     targets = row.get("mc1_targets")
-    if not isinstance(targets, dict) or len(targets) < 2 or sorted(targets.values())[-2:] != [0, 1]:
+    marks = list(targets.values()) if isinstance(targets, dict) else []
+    if len(marks) < 2 or any(mark not in (0, 1) for mark in marks) or sum(marks) != 1:
         fail(f'{where}: expected "mc1_targets" as an object with one choice of value 1 and the others 0')
     right = max(targets, key=targets.get)
     wrong = [text for text in targets if text != right]
@@ -223,7 +229,11 @@ def tokenize(tokenizer, question: Question) -> tuple[list[int], list[int]]:
 @torch.no_grad()
 def letter_probabilities(model, prompts: list[list[int]], letters: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities of the letters, normalised, 0 for those that a question has not, (questions, 4); and their sum
-    before normalising, (questions,). Padding is on the right, where a causal model never sees it."""
+    before normalising, (questions,).
+
+    Padding is on the right, where a causal model never sees it. So it needs no mask; with one, padding that a sliding
+    window cuts off from every real token would see nothing at all, and be NaN.
+    """
     longest = max(map(len, prompts))
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and longest > limit:
@@ -239,12 +249,10 @@ def letter_probabilities(model, prompts: list[list[int]], letters: list[list[int
         ids = torch.zeros(len(batch), lengths.max(), dtype=torch.long)  # (rows, tokens)
         for row, i in enumerate(batch):
             ids[row, : lengths[row]] = torch.tensor(prompts[i])
-        mask = torch.arange(ids.shape[1]) < lengths[:, None]  # (rows, tokens)
         # Logits of all tokens would be the largest tensor by far; only where some row ends are they needed.
         ends, end_of_row = (lengths - 1).unique(return_inverse=True)
         logits = model(
             input_ids=ids.to(model.device),
-            attention_mask=mask.long().to(model.device),
             use_cache=False,
             logits_to_keep=ends.to(model.device),
         ).logits.cpu()  # (rows, ends, vocab)
@@ -274,7 +282,7 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
 
 def calibrated_error(confidence: np.ndarray, draws: int = 1000) -> float:
     """The mean ECE if every confidence were the true chance to be right."""
-    rng = np.random.default_rng(0)
+    rng, confidence = np.random.default_rng(0), np.sort(confidence)  # sorted, so that their order changes nothing
     return float(
         np.mean([calibration_error(confidence, rng.random(len(confidence)) < confidence) for _ in range(draws)])
     )
@@ -340,6 +348,13 @@ BASE_STEPS, BASE_BATCH, BASE_LR = 300, 64, 3e-3
 BETA = 0.1
 STEPS, BATCH, LR = 300, 8, 1e-3
 SEEDS = 3
+NOTE = """
+
+The base is nearly calibrated by its making, so there is hardly anything to gain over it. As the pairs are about the
+very questions asked, Prop. 3.2 sharpens the answers at every alpha/beta below 11; pairs about other things, as the
+paper's, need not. That the probability of A-D falls is likelihood displacement: the loss compares two letters, and does
+not mind if all four lose to other words.
+"""
 
 
 def make_runners() -> dict[str, float]:
@@ -431,12 +446,23 @@ def train(base: Path, pairs: Path, ratio: float, seed: int, steps: int, out: Pat
     return out / "model"
 
 
+def ece_noise(base: Calibration, seeds: list[Calibration], draws: int = 500) -> float:
+    """Standard error of (mean ECE over the seeds - ECE of the base), from questions drawn again with replacement."""
+    rng, count, differences = np.random.default_rng(0), len(base.right), []
+    for _ in range(draws):
+        drawn = rng.integers(0, count, count)
+        ece = [calibration_error(run.confidence[drawn], run.right[drawn]) for run in (base, *seeds)]
+        differences.append(np.mean(ece[1:]) - ece[0])
+    return float(np.std(differences))
+
+
 def judge(base: Calibration, runs: dict[float, list[Calibration]]) -> list[report.Verdict]:
     ece = {ratio: [run.ece for run in seeds] for ratio, seeds in runs.items()}
     accuracy = {ratio: [run.accuracy for run in seeds] for ratio, seeds in runs.items()}
     means = {ratio: np.mean(values) for ratio, values in ece.items()}
     first, last = min(runs), max(runs)
     lowest = min(means, key=means.get)
+    noise = ece_noise(base, runs[lowest])
     least = min(accuracy, key=lambda ratio: np.mean(accuracy[ratio]))
     falls = all(after < before for before, after in itertools.pairwise(means.values()))
     kept = np.mean(accuracy[least]) >= np.mean(accuracy[first]) - ACCURACY_KEPT
@@ -456,9 +482,9 @@ def judge(base: Calibration, runs: dict[float, list[Calibration]]) -> list[repor
             paper="DPL Fig. 4",
             statement="DPO is calibrated worse than the base model, a larger alpha/beta better.",
             threshold=THRESHOLD_BASE,
-            holds=bool(min(ece[first]) > base.ece and means[lowest] < base.ece),
+            holds=bool(min(ece[first]) > base.ece and means[lowest] < base.ece - 2 * noise),
             numbers=f"ECE of the base {base.ece:.3f}, of DPO {report.spread(ece[first])}, lowest at {lowest} "
-            f"with {report.spread(ece[lowest])}",
+            f"with {report.spread(ece[lowest])}; standard error of the difference {noise:.3f}",
         ),
     ]
 
@@ -537,7 +563,7 @@ def experiment(args: Args) -> None:
     best = metrics(chances, np.array([race.answer for race in test]), np.ones(races))
     text = write_table(best, base, runs)
     text += f"\n{races} test races; {seeds} seeds of pairs and LoRA, mean (range); {steps} steps of {BATCH} pairs."
-    report.save(args.results, "calibration", judge(base, runs), text, draw(best, base, runs))
+    report.save(args.results, "calibration", judge(base, runs), text + NOTE, draw(best, base, runs))
 
 
 def main(args: Args) -> None:

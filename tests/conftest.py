@@ -1,10 +1,31 @@
 """Tests run offline, on few threads, with the repo's root on the path."""
 
+import contextlib
+import importlib
+import io
 import os
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow each other down
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "experiments")]
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    """Experiments run the scripts one after the other inside this process, where importing torch costs nothing."""
+    import report
+    import tyro
+
+    def launch(script, *arguments, threads=1):
+        module = importlib.import_module(Path(script).stem)
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
+            module.main(tyro.cli(module.Args, args=[str(argument) for argument in arguments]))
+        return out.getvalue()
+
+    monkeypatch.setattr(report, "launch", launch)
+    monkeypatch.setattr(report, "side_by_side", lambda jobs, jobs_at_once=0: [job() for job in jobs])

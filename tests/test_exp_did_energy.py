@@ -2,18 +2,13 @@
 
 import json
 import math
-import sys
-from pathlib import Path
 
+import did_energy
 import pytest
 import torch
+from did_energy import Args, did, js_divergence, main, normals, optimum, preference_error, rejected_policy
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import did_energy  # noqa: E402
-from did_energy import Args, did, js_divergence, main, normals, optimum, preference_error, rejected_policy  # noqa: E402
-
-import hdpo  # noqa: E402
+import hdpo
 
 
 def policies(tau, seed=0, classes=8):

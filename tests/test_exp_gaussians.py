@@ -1,16 +1,11 @@
 """experiments/gaussians.py against brute-force integration, a closed form and a search that knows no gradients."""
 
 import json
-import sys
-from pathlib import Path
 
+import gaussians
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import gaussians  # noqa: E402
 
 
 def log_normal(x, mu, sd):

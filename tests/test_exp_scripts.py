@@ -1,43 +1,21 @@
 """The experiments that train with the scripts: fast versions of each, and the arithmetic of their verdicts.
 
-All but one run the scripts inside this process, where importing torch costs nothing; tests/test_run.py launches them.
+All but one run the scripts inside this process (conftest.py); tests/test_run.py launches them.
 """
 
-import contextlib
-import importlib
-import io
 import json
-import sys
 from pathlib import Path
 
+import alpha_sweep
+import did_entropy
+import displacement
+import eps_control
+import hard_problems
 import pytest
+import reference_cost
+import report
 import torch
-import tyro
 from transformers import AutoTokenizer, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import alpha_sweep  # noqa: E402
-import did_entropy  # noqa: E402
-import displacement  # noqa: E402
-import eps_control  # noqa: E402
-import hard_problems  # noqa: E402
-import reference_cost  # noqa: E402
-import report  # noqa: E402
-
-
-def inside(script, *arguments, threads=1):
-    """report.launch without a process."""
-    module = importlib.import_module(Path(script).stem)
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()):
-        module.main(tyro.cli(module.Args, args=[str(argument) for argument in arguments]))
-    return out.getvalue()
-
-
-@pytest.fixture
-def here(monkeypatch):
-    monkeypatch.setattr(report, "launch", inside)
-    monkeypatch.setattr(report, "side_by_side", lambda jobs, jobs_at_once=0: [job() for job in jobs])
 
 
 def verdicts(results: Path, name: str) -> list[dict]:
@@ -75,7 +53,7 @@ def test_exchanged_rejected_responses(kind, tmp_path):
         assert sum(one == other for one, other in zip(*texts)) == 0
 
 
-def test_alpha_sweep(tmp_path, here):
+def test_alpha_sweep(tmp_path, inside):
     args = alpha_sweep.Args(seeds=1, problems=4, n=4, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
     alpha_sweep.main(args)
     assert [verdict["claim"] for verdict in verdicts(tmp_path, "alpha_sweep")] == [8, 9]
@@ -89,13 +67,13 @@ def made_up(alpha, beta, seed, args, slope=1.0):
 
 
 @pytest.mark.parametrize("slope", [1.0, -1.0])
-def test_alpha_sweep_judges_by_the_numbers(slope, tmp_path, monkeypatch, here):
+def test_alpha_sweep_judges_by_the_numbers(slope, tmp_path, monkeypatch, inside):
     monkeypatch.setattr(alpha_sweep, "train_and_sample", lambda *key: made_up(*key, slope=slope))
     alpha_sweep.main(alpha_sweep.Args(results=str(tmp_path)))
     assert [verdict["holds"] for verdict in verdicts(tmp_path, "alpha_sweep")] == [slope > 0] * 2
 
 
-def test_hard_problems(tmp_path, here):
+def test_hard_problems(tmp_path, inside):
     args = hard_problems.Args(seeds=1, problems=4, n=4, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
     hard_problems.main(args)
     assert [verdict["claim"] for verdict in verdicts(tmp_path, "hard_problems")] == [10]
@@ -103,7 +81,7 @@ def test_hard_problems(tmp_path, here):
 
 
 @pytest.mark.parametrize(("first", "last", "holds"), [(-0.1, 0.1, True), (0.1, 0.1, False), (-0.1, -0.1, False)])
-def test_hard_problems_asks_for_a_crossing(first, last, holds, tmp_path, monkeypatch, here):
+def test_hard_problems_asks_for_a_crossing(first, last, holds, tmp_path, monkeypatch, inside):
     def found(ratio, seed, hard, args):
         return {1: 0.3 + first * (ratio > 1) + 0.01 * seed, 128: 0.6 + last * (ratio > 1) - 0.01 * seed}
 
@@ -113,7 +91,7 @@ def test_hard_problems_asks_for_a_crossing(first, last, holds, tmp_path, monkeyp
     assert [verdict["holds"] for verdict in verdicts(tmp_path, "hard_problems")] == [holds]
 
 
-def test_eps_control(tmp_path, here):
+def test_eps_control(tmp_path, inside):
     args = eps_control.Args(seeds=1, problems=2, n=2, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
     eps_control.main(args)
     assert [verdict["claim"] for verdict in verdicts(tmp_path, "eps_control")] == [12] * 4
@@ -127,7 +105,7 @@ def test_reward_at_a_kl_lies_on_the_frontier():
     assert eps_control.at_kl(0.9, frontier) is None and eps_control.at_kl(4.1, frontier) is None
 
 
-def test_did_entropy(tmp_path, here):
+def test_did_entropy(tmp_path, inside):
     did_entropy.main(did_entropy.Args(seeds=1, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True))
     assert [verdict["claim"] for verdict in verdicts(tmp_path, "did_entropy")] == [13]
 

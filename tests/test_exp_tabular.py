@@ -2,18 +2,13 @@
 
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
+import tabular
 import torch
+from tabular import Args, bradley_terry, main, plackett_luce, random_logits, train_dpl, train_hdpo
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "experiments"))
-
-import tabular  # noqa: E402
-from tabular import Args, bradley_terry, main, plackett_luce, random_logits, train_dpl, train_hdpo  # noqa: E402
-
-import hdpo  # noqa: E402
+import hdpo
 
 PAPERS = ["H-DPO Eq. 11", "DPL Prop. 3.1", "DPL Prop. 3.2", "DPL Prop. A.1", "DPL Cor. 3.1"]
 
