@@ -39,7 +39,8 @@ CLAIM_6 = (
 )
 CLAIM_7 = "at lr 1e-5, in every seed: chosen log-prob higher, rejected not higher, DPO's loss lower than at the start"
 CLAIM_15 = (
-    "where DPO lowers the chosen log-prob most, unrelated rejected responses leave less than a tenth of that fall"
+    "at the rate where DPO lowers the chosen log-prob most, unrelated or meaningless rejected responses leave less "
+    "than a tenth of that fall"
 )
 
 
