@@ -496,7 +496,10 @@ def sample_all(args, accelerator, directory, problems, prompts, runs, tokenizer,
     lengths = [len(p) for p in prompts]
     budget = args.tokens_per_device
     plan = make_plan(problems, lengths, args.n, args.max_new_tokens, budget)
-    key = lambda config, i, index: (config, problems[i]["id"], hashes[i], index)  # noqa: E731
+
+    def key(config, i, index):
+        return (config, problems[i]["id"], hashes[i], index)
+
     todo = [
         (config, settings, batch)
         for config, settings in runs
@@ -517,7 +520,10 @@ def sample_all(args, accelerator, directory, problems, prompts, runs, tokenizer,
         model = model.to(accelerator.device).eval()
         stops = runs[0][1]["stop"]
         stopper = StopStringCriteria(tokenizer, stops) if stops else None
-        sampler = lambda *batch: sample_batch(model, tokenizer, *batch, stopper)  # noqa: E731
+
+        def sampler(*batch):
+            return sample_batch(model, tokenizer, *batch, stopper)
+
     name = "samples.jsonl" if accelerator.process_index == 0 else f"samples.{accelerator.process_index}.jsonl"
     file, drawn, start = SampleFile(directory / name), 0, time.monotonic()
     total = sum(len(batch) for _, _, batch in todo)
@@ -574,7 +580,10 @@ def grade_all(args: Args, problems: list[dict], texts: list[list[str]]) -> list[
         done = {(i, text): grade(args.task, problems[i], text) for i, text in tqdm(jobs, desc="grading", leave=False)}
     else:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            work = lambda job: run_humaneval(problems[job[0]]["row"], job[1], args.timeout)  # noqa: E731
+
+            def work(job):
+                return run_humaneval(problems[job[0]]["row"], job[1], args.timeout)
+
             try:
                 verdicts = list(tqdm(pool.map(work, jobs), total=len(jobs), desc="running programs", leave=False))
             except sandbox.SandboxError as error:
@@ -813,7 +822,10 @@ def figure(path: Path, results: list[dict]) -> None:
     lines = -(-len(panels) // columns)
     size = (max(6.0, 4.6 * columns), 3.9 * lines + 0.8)
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey="row", layout="constrained")
-    by_k = lambda cells: ([int(k) for k in cells], list(cells.values()))  # noqa: E731
+
+    def by_k(cells):
+        return ([int(k) for k in cells], list(cells.values()))
+
     for number, axis in enumerate(axes.flat):
         if number >= len(panels):
             axis.axis("off")
@@ -865,7 +877,10 @@ def figure(path: Path, results: list[dict]) -> None:
 
 def table(results: dict) -> str:
     """The numbers of one result file for the terminal: a line a temperature."""
-    cell = lambda c: f"{100 * c['mean']:5.1f} [{100 * c['low']:.1f}, {100 * c['high']:.1f}]"  # noqa: E731
+
+    def cell(c):
+        return f"{100 * c['mean']:5.1f} [{100 * c['low']:.1f}, {100 * c['high']:.1f}]"
+
     first = next(iter(results["temperatures"].values()))
     ks = list(first["pass@k"])
     ks = ks if len(ks) <= 4 else [ks[0], ks[len(ks) // 3], ks[2 * len(ks) // 3], ks[-1]]
@@ -884,7 +899,10 @@ def table(results: dict) -> str:
     ]
     for t, value in results["temperatures"].items():
         d = value["diversity"]
-        number = lambda x: "-" if x is None else f"{x:.3f}"  # noqa: E731
+
+        def number(x):
+            return "-" if x is None else f"{x:.3f}"
+
         total = sum(value["ended_by"].values())
         row = [t, *(cell(value["pass@k"][k]) for k in ks), cell(value["maj@k"][ks[-1]]) if "maj@k" in value else "-"]
         row += [number(d[key]) for key in ("entropy", "self_bleu", "distinct_1", "distinct_2", "distinct_answers")]

@@ -131,7 +131,10 @@ def unshare(flags):
 
 
 def mount(source, target, kind, flags, options=None):
-    encode = lambda text: None if text is None else text.encode()  # noqa: E731
+
+    def encode(text):
+        return None if text is None else text.encode()
+
     if libc.mount(encode(source), encode(target), encode(kind), ctypes.c_ulong(flags), encode(options)) != 0:
         raise OSError(ctypes.get_errno(), f"mount {target}: {os.strerror(ctypes.get_errno())}")
 

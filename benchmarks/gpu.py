@@ -1,0 +1,254 @@
+"""Training steps of a 7B model on one GPU: Mistral-7B's shape with random weights, bf16 compute, no TRL beside it.
+
+    python benchmarks/gpu.py        # one GPU; without one it says so and measures nothing
+    python benchmarks/gpu.py --save benchmarks/results/gpu
+
+LoRA (rank 16, base in bf16) and full fine-tuning (float32 weights, gradient checkpointing), with flex_attention and
+with sdpa, for three objectives: DPO with stored reference log-probs (hdpo.py), DPO with the reference run at every step
+(a frozen copy as eps_dpo.py has it, or the model with its adapters off), and DGPO, which has none. Each runs in a
+process of its own; one that runs out of memory says so in the table. What is timed is the whole step: collating,
+forward, loss, backward, clipping, AdamW.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+import tyro
+from lengths import describe
+from peft import LoraConfig, get_peft_model
+from sides import make_pairs
+from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM, MistralConfig
+
+import common
+import dgpo
+
+OBJECTIVES = ("dpo stored", "dpo live", "dgpo")
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, as the vendor states them
+TOKENS_PER_DEVICE = 8192
+WARMUP = 2  # steps that allocate and compile
+
+
+@dataclass
+class Args:
+    lengths: tuple[str, ...] = ("hh", "ultrafeedback")
+    """Length distributions (lengths.py)"""
+    pairs: int = 32
+    """Pairs per optimizer step"""
+    steps: int = 4
+    """Timed steps, after two that are not"""
+    save: str = ""
+    """Write the table to SAVE.md and all numbers to SAVE.json"""
+
+
+def make_model(config, tuning: str, attention: str, device: str):
+    """The policy with random weights, in the types that common.load_model would give it."""
+    lora = tuning == "lora"
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16 if lora and device == "cuda" else torch.float32, attn_implementation=attention
+        )
+    if lora:
+        return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def frozen_copy(model, tuning: str, device: str):
+    """What a live reference costs: nothing but its forward under LoRA, else a second model in bf16."""
+    if tuning == "lora":
+        return model
+    dtype, attention = torch.bfloat16 if device == "cuda" else torch.float32, model.config._attn_implementation
+    with torch.device(device):
+        copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype, attn_implementation=attention)
+    return copy.requires_grad_(False).eval()
+
+
+def step_flops(model, tuning: str, rows: list[dict]) -> float:
+    """Operations of a step in which every token runs once, checkpointing not counted.
+
+    Forward 2, backward to the activations 2 and to the weights 2 (not under LoRA) operations for each weight of the
+    body and token, and of the head and response token; attention 12 (LoRA too) for each layer, hidden unit and visible
+    pair of tokens. Adapters are left out, as is the last token of a response, which predicts nothing.
+    """
+    config = getattr(model, "module", model).config
+    head = config.vocab_size * config.hidden_size
+    body = sum(p.numel() for name, p in model.named_parameters() if "lora_" not in name) - 2 * head
+    factor, total = 4 if tuning == "lora" else 6, 0
+    for row in rows:
+        prompt, *responses = (len(row[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+        seen = prompt * (prompt + 1) / 2 + sum((r - 1) * prompt + (r - 1) * r / 2 for r in responses)
+        total += factor * (body * (prompt + sum(responses) - 2) + head * sum(responses))
+        total += 12 * config.num_hidden_layers * config.hidden_size * seen
+    return total
+
+
+def matmul_rate(device: str, size: int = 8192, repeats: int = 20) -> float:
+    """bf16 operations a second of a square matrix product, the fastest of a few."""
+    a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16).unbind()
+    times = []
+    for _ in range(repeats):
+        wait(device)
+        started = time.perf_counter()
+        a @ b
+        wait(device)
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def noise(model, rows: list[dict], device: str) -> tuple[float, float]:
+    """Largest difference of a response's summed log-prob to one plain forward: packed, and of a padded plain batch.
+
+    Both change nothing in exact arithmetic; the second is what any trainer that pads accepts.
+    """
+    packed = torch.stack(common.response_logps(model, common.collate(rows).to(device)), 1).flatten().tolist()
+    sequences = [(row["prompt_ids"], row[f"{part}_ids"]) for row in rows for part in ("chosen", "rejected")]
+    longest = max(len(prompt) + len(response) for prompt, response in sequences)
+
+    def plain(group: list[tuple], width: int) -> list[float]:
+        ids = torch.zeros(len(group), width, dtype=torch.long, device=device)
+        for i, (prompt, response) in enumerate(group):
+            ids[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            logits = model(input_ids=ids, use_cache=False).logits  # (sequences, tokens, vocab)
+        found = []
+        for i, (prompt, response) in enumerate(group):
+            own = logits[i, len(prompt) - 1 : len(prompt) + len(response) - 1].float().log_softmax(-1)
+            found.append(own.gather(1, torch.tensor(response, device=device)[:, None]).sum().item())
+        return found
+
+    alone = [plain([one], len(one[0]) + len(one[1]))[0] for one in sequences]
+    padded = plain(sequences, longest)
+    return tuple(max(abs(a - b) for a, b in zip(one, alone)) for one in (packed, padded))
+
+
+def side(config, tuning: str, attention: str, objective: str, name: str, device: str, args: Args) -> dict:
+    """All numbers of one line of the table."""
+    rows = make_pairs(name, args.pairs * (WARMUP + args.steps))
+    model = make_model(config, tuning, attention, device).train()
+    reference = frozen_copy(model, tuning, device) if objective == "dpo live" else None
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-7, fused=True)
+    lengths = [sum(map(len, row.values())) for row in rows]
+    bound, seconds = common.row_tokens(model, TOKENS_PER_DEVICE), []
+    off, off_padded = noise(model, rows[:4], device)
+    for step in range(WARMUP + args.steps):
+        wait(device)
+        started = time.perf_counter()
+        pairs = list(range(step * args.pairs, (step + 1) * args.pairs))
+        for indices in common.micro_batches(pairs, lengths, bound, 1)[0]:
+            batch = common.collate([rows[i] for i in indices]).to(device)
+            if objective == "dgpo":
+                losses = dgpo.forward(model, batch, dgpo.Args())[0]
+            else:
+                a0 = b0 = 0.0  # stored log-probs would be two constants
+                if objective == "dpo live":
+                    with torch.no_grad(), model.disable_adapter() if tuning == "lora" else contextlib.nullcontext():
+                        a0, b0 = common.response_logps(reference, batch)
+                a, b = common.response_logps(model, batch)
+                losses = -logsigmoid(0.1 * ((a - a0) - (b - b0)))
+            (losses.sum() / args.pairs).backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        assert norm.isfinite(), "the gradient is not finite"
+        optimizer.step()
+        optimizer.zero_grad()
+        wait(device)
+        seconds.append(time.perf_counter() - started)
+    timed = rows[args.pairs * WARMUP :]
+    return {
+        "seconds": seconds[WARMUP:],
+        "pairs_per_second": args.pairs / median(seconds[WARMUP:]),
+        "tokens_per_second": sum(lengths[args.pairs * WARMUP :]) / sum(seconds[WARMUP:]),
+        "flops": step_flops(model, tuning, timed) / sum(seconds[WARMUP:]),
+        "peak": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
+        "off": off,
+        "off_padded": off_padded,
+    }
+
+
+def table(results: dict[str, dict], rate: float, peak: float | None) -> str:
+    """Markdown, a line for each variant."""
+    lines = [
+        "| lengths, tuning, attention, objective | pairs/s | tokens/s | peak memory | MFU | of matmul rate | "
+        "log-probs off by, packed | padded |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for title, one in results.items():
+        if "failed" in one:
+            lines.append(f"| {title} | {one['failed']} | | | | | | |")
+            continue
+        share = f"{one['flops'] / peak:.0%}" if peak else "-"
+        lines.append(
+            f"| {title} | {one['pairs_per_second']:.1f} | {one['tokens_per_second']:.0f} | "
+            f"{one['peak'] / 1e9:.1f} GB | {share} | {one['flops'] / rate:.0%} | "
+            f"{one['off']:.1e} | {one['off_padded']:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def main(args: Args) -> None:
+    if not torch.cuda.is_available():
+        print("no GPU here: nothing was measured")
+        return
+    results = {}
+    for name, tuning, attention, objective in product(
+        args.lengths, ("lora", "full"), ("flex_attention", "sdpa"), OBJECTIVES
+    ):
+        title = f"{name}, {tuning}, {attention}, {objective}"
+        spec = json.dumps([tuning, attention, objective, name, args.pairs, args.steps])
+        done = subprocess.run([sys.executable, __file__, spec], stdout=subprocess.PIPE, text=True)
+        failed = {"failed": f"failed with exit code {done.returncode}"}
+        results[title] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed
+        print(title, results[title], flush=True)
+    device = torch.cuda.get_device_name()
+    rate, peak = matmul_rate("cuda"), next((own for key, own in PEAK.items() if key in device), None)
+    text = (
+        f"# Training steps of a 7B model on one {device}\n\n"
+        f"`python benchmarks/gpu.py`, torch {torch.__version__}; {args.pairs} pairs a step, median of {args.steps}. A "
+        f"bf16 matrix product runs at {rate / 1e12:.0f} TFLOP/s here; MFU is against "
+        f"{f'{peak / 1e12:.0f} TFLOP/s' if peak else 'a peak that this script does not know'}. Every token is counted "
+        "once, recomputation not.\n\n"
+        + table(results, rate, peak)
+        + "\n\n"
+        + "".join(f"- {name}: {describe(name)}\n" for name in args.lengths)
+    )
+    print(text)
+    if args.save:
+        Path(f"{args.save}.md").write_text(text)
+        Path(f"{args.save}.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def line(spec: str) -> None:
+    """One variant in this process; its numbers are the last line that it prints."""
+    tuning, attention, objective, name, pairs, steps = json.loads(spec)
+    config = MistralConfig(sliding_window=None)  # its defaults are Mistral-7B's shape
+    try:
+        args = Args(pairs=pairs, steps=steps)
+        print(json.dumps(side(config, tuning, attention, objective, name, "cuda", args)))
+    except torch.OutOfMemoryError:
+        print(json.dumps({"failed": "out of memory"}))
+
+
+if __name__ == "__main__":
+    line(sys.argv[1]) if len(sys.argv) > 1 and sys.argv[1].startswith("[") else main(
+        tyro.cli(Args, description=__doc__)
+    )

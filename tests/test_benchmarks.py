@@ -1,0 +1,59 @@
+"""benchmarks/: the parts that need neither a GPU nor TRL. Nothing here looks at how long something took."""
+
+import sys
+
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MistralConfig
+
+sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
+
+import gpu  # noqa: E402
+from sides import VOCABULARY, make_pairs  # noqa: E402
+
+CONFIG = MistralConfig(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, sliding_window=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", gpu.OBJECTIVES)
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_every_variant_takes_its_steps(tuning, objective):
+    found = gpu.side(CONFIG, tuning, "sdpa", objective, "hh", "cpu", gpu.Args(pairs=2, steps=1))
+    assert len(found["seconds"]) == 1 and found["flops"] > 0 and found["tokens_per_second"] > 0
+    assert found["off"] < 1e-3 and found["off_padded"] < 1e-3  # float32: rounding alone
+    shown = gpu.table({"one": found, "two": {"failed": "out of memory"}}, rate=1e12, peak=None)
+    assert "out of memory" in shown and shown.count("\n") == 3
+
+
+def test_operations_are_those_that_torch_counts():
+    """Linear layers and the head of one unshared forward and backward; attention is left to the formula's last term."""
+    model = gpu.make_model(CONFIG, "full", "sdpa", "cpu")
+    model.gradient_checkpointing_disable()
+    row = make_pairs("hh", 1)[0]
+    prompt, response = len(row["prompt_ids"]), len(row["chosen_ids"])
+    ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"][:-1]])
+    with FlopCounterMode(display=False) as counter:
+        model(
+            ids, logits_to_keep=torch.arange(prompt - 1, prompt - 1 + response), use_cache=False
+        ).logits.sum().backward()
+    counted = sum(
+        value for name, value in counter.get_flop_counts()["Global"].items() if str(name) in ("aten.mm", "aten.addmm")
+    )
+    pairs = prompt * (prompt + 1) / 2 + (response - 1) * prompt + (response - 1) * response / 2
+    one = {"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"], "rejected_ids": [0]}  # a response of one
+    extra = 6 * CONFIG.vocab_size * CONFIG.hidden_size  # token runs the head once more
+    linear = gpu.step_flops(model, "full", [one]) - 12 * CONFIG.num_hidden_layers * CONFIG.hidden_size * pairs - extra
+    norms = (
+        6 * ids.numel() * CONFIG.hidden_size * (2 * CONFIG.num_hidden_layers + 1)
+    )  # counted as weights by the formula
+    assert counted == pytest.approx(linear - norms, rel=1e-6)
+
+
+def test_no_gpu_is_said():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert tiny.run("benchmarks/gpu.py").stdout.strip().endswith("no GPU here: nothing was measured")
