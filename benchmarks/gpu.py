@@ -5,7 +5,7 @@
 
 LoRA (rank 16, base in bf16) and full fine-tuning (float32 weights, gradient checkpointing), with flex_attention and
 with sdpa, for three objectives: DPO with stored reference log-probs (hdpo.py), DPO with the reference run at every step
-(a frozen copy as eps_dpo.py has it, or the model with its adapters off), and DGPO, which has none. Each runs in a
+(a frozen copy in bf16, or the model with its adapters off), and DGPO, which has none. Each runs in a
 process of its own; one that runs out of memory says so in the table. What is timed is the whole step: collating,
 forward, loss, backward, clipping, AdamW.
 """
@@ -36,7 +36,8 @@ import common
 import dgpo
 
 OBJECTIVES = ("dpo stored", "dpo live", "dgpo")
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 operations a second, as the vendor states them
+# Dense bf16 operations a second, as the vendor states them; the PCIe and NVL parts are slower.
+PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 TOKENS_PER_DEVICE = 8192
 WARMUP = 2  # steps that allocate and compile
 
@@ -151,6 +152,8 @@ def side(config, tuning: str, attention: str, objective: str, name: str, device:
     lengths = [sum(map(len, row.values())) for row in rows]
     bound, seconds = common.row_tokens(model, TOKENS_PER_DEVICE), []
     off, off_padded = noise(model, rows[:4], device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     for step in range(WARMUP + args.steps):
         wait(device)
         started = time.perf_counter()
@@ -220,13 +223,13 @@ def main(args: Args) -> None:
         results[title] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed
         print(title, results[title], flush=True)
     device = torch.cuda.get_device_name()
-    rate, peak = matmul_rate("cuda"), next((own for key, own in PEAK.items() if key in device), None)
+    rate, peak = matmul_rate("cuda"), PEAK.get(device)
     text = (
         f"# Training steps of a 7B model on one {device}\n\n"
-        f"`python benchmarks/gpu.py`, torch {torch.__version__}; {args.pairs} pairs a step, median of {args.steps}. A "
-        f"bf16 matrix product runs at {rate / 1e12:.0f} TFLOP/s here; MFU is against "
+        f"`python benchmarks/gpu.py`, torch {torch.__version__}; {args.pairs} pairs a step, {args.steps} steps "
+        f"(pairs/s by their median). A bf16 matrix product runs at {rate / 1e12:.0f} TFLOP/s here; MFU is against "
         f"{f'{peak / 1e12:.0f} TFLOP/s' if peak else 'a peak that this script does not know'}. Every token is counted "
-        "once, recomputation not.\n\n"
+        "once; recomputation and a reference's forward are not counted.\n\n"
         + table(results, rate, peak)
         + "\n\n"
         + "".join(f"- {name}: {describe(name)}\n" for name in args.lengths)

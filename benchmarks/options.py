@@ -22,8 +22,8 @@ VARIANTS = {
     "one long row": "all pairs of a micro-batch in one row of up to 8,192 tokens",
     "rows of 384": "shorter rows than the shipped ones (512 here: 0.75 x the hidden size, but no less)",
     "rows of 768": "longer rows",
-    "prompt twice": "each response with a prompt of its own, packed",
-    "padded": "prompt twice, and padded to the longest instead of packed",
+    "prompt twice": "each response with a prompt of its own, packed in rows of its own",
+    "padded": "the plain way: 16 sequences padded to the longest in one batch, log-softmax in one piece",
     "head everywhere": "logits at all positions, not only where a response token is predicted",
     "softmax at once": "log-softmax over all tokens in one piece, kept for the backward pass",
     "AdamW by tensor": "the optimizer neither fused nor grouped",
@@ -55,8 +55,8 @@ def padded_logps(model, rows):
     return sums.chunk(2)
 
 
-def side(variant: str) -> None:
-    """Take a step for every line on stdin, and say how long it took and what the process's peak memory is."""
+def side(variant: str, steps: int) -> None:
+    """Take a step for every line on stdin, at most `steps`; say how long it took and the process's peak memory."""
     import torch
     from datasets import Dataset
     from sides import make_model, make_pairs, peak_bytes
@@ -64,7 +64,7 @@ def side(variant: str) -> None:
 
     import common
 
-    rows = make_pairs("hh", BATCH_SIZE * (TURNS + WARMUP))
+    rows = make_pairs("hh", BATCH_SIZE * steps)
     lengths, model = common.pair_lengths(Dataset.from_list(rows)), make_model().train()
     parameters = list(model.parameters())
     fused = {"foreach": False} if variant == "AdamW by tensor" else {"fused": True}
@@ -134,4 +134,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    side(sys.argv[1]) if len(sys.argv) > 1 else main()
+    side(sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 1 else main()

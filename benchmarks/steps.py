@@ -26,8 +26,8 @@ VARIANTS = ("dpo live", "dpo stored", "dgpo", "eps_dpo", "dpo unshared", "dpo_pg
 TURNS = 5
 
 
-def side(variant: str) -> None:
-    """Take a step for every line on stdin, and say how long it took and what the process's peak memory is."""
+def side(variant: str, steps: int) -> None:
+    """Take a step for every line on stdin, at most `steps`; say how long it took and the process's peak memory."""
     import torch
     from datasets import Dataset
     from sides import make_model, make_pairs, peak_bytes
@@ -38,7 +38,7 @@ def side(variant: str) -> None:
     import dpo_pg
     import eps_dpo
 
-    rows = make_pairs("hh", 8 * (TURNS + 1))
+    rows = make_pairs("hh", 8 * steps)
     if variant in ("dpo unshared", "dpo_pg"):  # dpo_pg's plan, and so rows of about the same length in both
         halves = [("chosen",), ("rejected",)]
     else:
@@ -97,7 +97,10 @@ def measure(
     warmup  first steps, which allocate and compile, that are not timed
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    sides = {variant: subprocess.Popen([sys.executable, script, variant], **pipes) for variant in variants}
+    sides = {
+        variant: subprocess.Popen([sys.executable, script, variant, str(warmup + turns)], **pipes)
+        for variant in variants
+    }
     seconds, peak = {variant: [] for variant in variants}, {}
     for turn in range(warmup + turns):
         for variant, process in sides.items():
@@ -130,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    side(sys.argv[1]) if len(sys.argv) > 1 else main()
+    side(sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 1 else main()

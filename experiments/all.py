@@ -8,7 +8,6 @@ Each also runs by itself: python experiments/NAME.py.
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import report
-import torch
 import tyro
 
 ON_ONE_CORE = ("did_energy", "gaussians", "tabular")  # these run side by side
@@ -36,17 +34,6 @@ class Args:
     """The fast version of each, to see that they run; the verdicts mean nothing"""
 
 
-def machine() -> str:
-    """Cores, memory, processor and the versions that matter."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return (
-        f"{os.cpu_count()} cores ({names[0] if names else platform.machine()}), {memory:.0f} GiB, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )
-
-
 def run(name: str, args: Args) -> None:
     """Run one; an experiment that fails stops everything, with its output above."""
     started = time.perf_counter()
@@ -63,15 +50,18 @@ def run(name: str, args: Args) -> None:
 def join(results: Path) -> str:
     """The page of all verdicts that lie in `results`."""
     found = {name: json.loads(path.read_text()) for name in EXPERIMENTS if (path := results / f"{name}.json").exists()}
-    lines = sorted((verdict["claim"], name, verdict) for name, one in found.items() for verdict in one["verdicts"])
+    lines = [(verdict["claim"], name, verdict) for name, one in found.items() for verdict in one["verdicts"]]
+    lines.sort(key=lambda line: line[:2])  # stable: the verdicts of one file on one claim stay in its order
+    machines = sorted({one["machine"] for one in found.values()})
     held = sum(verdict["holds"] for _, _, verdict in lines)
     page = (
-        "# What the papers claim, and what two CPU cores show\n\n"
-        "Every line below was printed by a file of [experiments/](..), which says what it does and has the threshold, "
+        "# What the papers claim, and what a toy shows\n\n"
+        + "From fast versions, whose verdicts mean nothing.\n\n" * any(one["fast"] for one in found.values())
+        + "Every line was printed by a file of [experiments/](..), which says what it does and has the threshold, "
         "written before the run that is shown; learning rates and beta come from pilot runs with one seed. What does "
         "not hold at this scale is left standing as such: it says something about the toy at least as often as about "
         "the paper. Ranges are over seeds.\n\n"
-        f"{held} of {len(lines)} lines hold. `python experiments/all.py`, on {machine()}.\n\n"
+        f"{held} of {len(lines)} lines hold. `python experiments/all.py`, on {'; '.join(machines)}.\n\n"
         + report.table(
             ["claim", "paper", "what it says", "here", "numbers", "file"],
             [
@@ -100,8 +90,9 @@ def main(args: Args) -> None:
     for name in names:
         if name in ON_ALL_CORES:
             run(name, args)
-    Path(args.results, "README.md").write_text(join(Path(args.results)))
-    print(f"{'all':<16}{time.perf_counter() - started:7.0f} s; {Path(args.results, 'README.md')}")
+    page = report.folder(args) / "README.md"
+    page.write_text(join(page.parent))
+    print(f"{'all':<16}{time.perf_counter() - started:7.0f} s; {page}")
 
 
 if __name__ == "__main__":

@@ -563,7 +563,7 @@ def experiment(args: Args) -> None:
     best = metrics(chances, np.array([race.answer for race in test]), np.ones(races))
     text = write_table(best, base, runs)
     text += f"\n{races} test races; {seeds} seeds of pairs and LoRA, mean (range); {steps} steps of {BATCH} pairs."
-    report.save(args.results, "calibration", judge(base, runs), text + NOTE, draw(best, base, runs))
+    report.save(args, "calibration", judge(base, runs), text + NOTE, draw(best, base, runs))
 
 
 def main(args: Args) -> None:

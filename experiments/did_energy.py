@@ -343,7 +343,7 @@ beta' log pi ends at ref^((tau - 1) beta / beta'), which is the target if beta' 
 here {special:.3g}. IPO comes close with beta' = beta / 4, as its margins are proportional to DPO's where
 preferences are near 50%. A target that has nothing to do with the reference is reached by DPO's reward alone.
 """
-    report.save(args.results, "did_energy", verdicts, text, draw(measured, distances))
+    report.save(args, "did_energy", verdicts, text, draw(measured, distances))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ The DID q(y|x) is the distribution proportional to pi(y|x) / ref(y|x). Its entro
     3. H(q) is about the mean of -log pi'(y|x) over y ~ pi'(.|x), on prompts that 2. has not seen
 
 The second step stops long before its optimum, in the paper (one epoch at lr 1e-6) as here. So a number means something
-only beside another one from the same settings.
+only beside another one from the same settings. Appendix K decodes greedily in the first step; here it samples, which is
+what the identity of App. F.2 is about. In the paper's Table 2, too, one DPO setting has a lower entropy than DPO-PG;
+K.1 calls it an outlier.
 """
 
 import json
@@ -57,7 +59,7 @@ class Args:
     """Tokens of a prompt"""
     max_new_tokens: int = 80
     """Tokens of a sample"""
-    samples: int = 16
+    samples: int = 8
     """Samples of each prompt in step 3"""
     lr: float = 3e-5
     """Learning rate of RMSprop in step 2, after a linear warm-up (App. K: 1e-6, for a 7B model)"""
@@ -139,12 +141,22 @@ def did_entropy(model: str, reference: str, args: Args) -> dict[str, float]:
     prompts = read_prompts(args.dataset, tokenizer, args)
     unseen = read_prompts(args.eval_dataset, tokenizer, args)
 
-    # Step 1; as many pairs as step 2 will take, so several of a prompt where there are few prompts.
-    order = common.shuffled(len(prompts), args.seed)
-    used = [prompts[order[i % len(order)]] for i in range(args.steps * args.batch_size)]
-    chosen = sample(policy, ends, used, args.seed, args)
-    rejected = sample(ref, ends, used, args.seed + 500, args)
-    pairs = [row for row in rows_of(used, chosen, rejected) if row["chosen_ids"] != row["rejected_ids"]]
+    # Step 1; as many pairs as step 2 will take, whatever the share of prompts where pi and ref draw the same response.
+    order, pairs, wanted, drawn = common.shuffled(len(prompts), args.seed), [], args.steps * args.batch_size, 0
+    for turn in range(20):
+        used = [prompts[order[(drawn + i) % len(order)]] for i in range(wanted)]
+        chosen = sample(policy, ends, used, 10_000 * args.seed + 2 * turn, args)
+        rejected = sample(ref, ends, used, 10_000 * args.seed + 2 * turn + 1, args)
+        rows = rows_of(used, chosen, rejected)
+        pairs += [row for row in rows if row["chosen_ids"] != row["rejected_ids"]]
+        drawn += wanted
+        if len(pairs) >= wanted:
+            break
+    else:
+        common.fail(
+            f"{model} and {reference} draw the same response to nearly all prompts, so there is no DID to learn"
+        )
+    same, pairs = 1 - len(pairs) / drawn, pairs[:wanted]
 
     # Step 2: pi' has no reference, so hdpo_loss gets log-probs of zero for it.
     optimizer = torch.optim.RMSprop(learner.parameters(), lr=args.lr)
@@ -158,7 +170,7 @@ def did_entropy(model: str, reference: str, args: Args) -> dict[str, float]:
         optimizer.zero_grad()
         warmup.step()
 
-    found = {"same samples": 1 - len(pairs) / len(used)}
+    found = {"same samples": same}
     for name, one in (("pi", policy), ("ref", ref), ("DID", learner)):
         found[f"H({name})"], found[f"H({name}) per token"] = entropy(one, ends, unseen, args)
     return found
@@ -230,7 +242,7 @@ def main(args: Args) -> None:
         )
         + " nats",
     )  # fmt: skip
-    report.save(args.results, "did_entropy", [verdict], text, draw(found, args.seeds))
+    report.save(args, "did_entropy", [verdict], text, draw(found, args.seeds))
 
 
 if __name__ == "__main__":

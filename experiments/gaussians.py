@@ -20,7 +20,6 @@ Where alpha = 0 no entropy is left in D_alpha. It is lowest for a pi that is a p
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import report
 import torch
@@ -265,9 +264,8 @@ def main(args: Args) -> None:
         "Fig. 6's map of two components, with the minimum as a star; each panel's colours are relative to its own "
         "minimum:\n\n![D_alpha over mean and sd](gaussians_map.png)"
     )
-    Path(args.results).mkdir(parents=True, exist_ok=True)
-    draw_map(fits, grids).savefig(Path(args.results, "gaussians_map.png"), dpi=110)
-    report.save(args.results, "gaussians", verdicts, text, draw_fits(fits))
+    draw_map(fits, grids).savefig(report.folder(args) / "gaussians_map.png", dpi=110)
+    report.save(args, "gaussians", verdicts, text, draw_fits(fits))
 
 
 if __name__ == "__main__":

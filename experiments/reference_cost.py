@@ -43,13 +43,14 @@ def main(args: Args) -> None:
     times = {base: [ours / other for ours, other in zip(seconds, found[base][0])] for base in BASES}
     memory = {base: peak / found[base][1] for base in BASES}
 
+    shown = {base: f"{median(own):.2f} ({min(own):.2f} to {max(own):.2f})" for base, own in times.items()}
     text = report.table(
         ["", "s a step (median)", "peak memory (MB)", "time of DGPO / its", "memory of DGPO / its"],
         [
             ["DGPO", f"{median(seconds):.2f}", f"{peak / 1e6:.0f}", "", ""],
             *(
                 [label, f"{median(found[base][0]):.2f}", f"{found[base][1] / 1e6:.0f}"]
-                + [report.spread(times[base], 2), f"{memory[base]:.2f}"]
+                + [shown[base], f"{memory[base]:.2f}"]
                 for base, label in BASES.items()
             ),
         ],
@@ -58,10 +59,10 @@ def main(args: Args) -> None:
         14, "DGPO Fig. 3", "No reference model: less memory (13.6%) and time (25%) than DPO.", CLAIM_14,
         median(times["dpo live"]) <= 0.875 and memory["dpo live"] <= 0.932,
         "; ".join(
-            f"against {label}: time {report.spread(times[base], 2)}, memory {memory[base]:.2f}"
+            f"against {label}: time {shown[base]}, memory {memory[base]:.2f}"
             for base, label in BASES.items()
         )
-        + " (mean and range over steps)",
+        + " (median and range over steps)",
     )  # fmt: skip
 
     figure, axes = report.axes(1, 2, width=9, height=2.6)
@@ -71,7 +72,7 @@ def main(args: Args) -> None:
     axes[0, 1].barh(names, [own / 1e6 for _, own in found.values()], color=colours)
     axes[0, 0].set(xlabel="seconds a step of 8 pairs (median)")
     axes[0, 1].set(xlabel="peak memory of the process (MB)")
-    report.save(args.results, "reference_cost", [verdict], text, figure)
+    report.save(args, "reference_cost", [verdict], text, figure)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ An experiment NAME.py is readable on its own and leaves, in experiments/results/
 
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 STARTED = time.perf_counter()
@@ -144,25 +146,47 @@ def shades(values: Sequence[float]) -> dict[float, tuple]:
     return {value: scale(0.9 * i / max(1, len(ordered) - 1)) for i, value in enumerate(ordered)}
 
 
-def save(results: str | Path, name: str, verdicts: Sequence[Verdict], text: str, figure) -> None:
-    """Write NAME.md, NAME.json and NAME.png, and print the first.
+def machine() -> str:
+    """Cores, memory, processor and the versions that matter."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return (
+        f"{os.cpu_count()} cores ({names[0] if names else platform.machine()}), {memory:.0f} GiB, "
+        f"Python {platform.python_version()}, torch {version('torch')}"
+    )
 
+
+def folder(args) -> Path:
+    """args.results, but for a fast version never the directory of the results that are kept."""
+    results = Path(args.results)
+    results = ROOT / "runs/fast" if args.fast and results.resolve() == RESULTS else results
+    results.mkdir(parents=True, exist_ok=True)
+    return results
+
+
+def save(args, name: str, verdicts: Sequence[Verdict], text: str, figure) -> None:
+    """Write NAME.md, NAME.json and NAME.png to folder(args), and print the first.
+
+    args  .results is a directory; .fast marks what comes from a fast version
     text  the tables, in markdown
     """
-    results = Path(results)
-    results.mkdir(parents=True, exist_ok=True)
-    figure.savefig(results / f"{name}.png", dpi=110)
+    figure.savefig(folder(args) / f"{name}.png", dpi=110)
     lines = [
         f"**Claim {v.claim}** ({v.paper}): {v.statement}\n\n- {'**holds**' if v.holds else '**does not hold**'}: "
         f"{v.numbers}\n- threshold: {v.threshold}\n"
         for v in verdicts
     ]
-    page = f"# {name}\n\n" + "\n".join(lines) + f"\n{text.strip()}\n\n![{name}]({name}.png)\n"
-    (results / f"{name}.md").write_text(page)
+    note = "From the fast version, whose verdicts mean nothing.\n\n" if args.fast else ""
+    page = f"# {name}\n\n{note}" + "\n".join(lines) + f"\n{text.strip()}\n\n![{name}]({name}.png)\n"
+    (folder(args) / f"{name}.md").write_text(page)
     data = {
         "commit": commit(),
+        "machine": machine(),
         "seconds": round(time.perf_counter() - STARTED),
+        "fast": args.fast,
         "verdicts": list(map(asdict, verdicts)),
     }
-    (results / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder(args) / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
     print(page)

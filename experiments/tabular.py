@@ -276,7 +276,7 @@ def main(args: Args) -> None:
     rows = [(name, text, len(errors[name]), f"{max(errors[name]):.1e}") for name, text in settings.items()]
     header = ("closed form", "settings", "trained policies", "largest difference in probability")
     text = report.table(header, rows) + "\nIn the figure, dots are trained policies and lines are closed forms.\n"
-    report.save(args.results, "tabular", verdicts, text, draw(shares, outcomes))
+    report.save(args, "tabular", verdicts, text, draw(shares, outcomes))
 
 
 if __name__ == "__main__":

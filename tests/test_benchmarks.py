@@ -11,6 +11,7 @@ from transformers import MistralConfig
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+import steps  # noqa: E402
 from sides import VOCABULARY, make_pairs  # noqa: E402
 
 CONFIG = MistralConfig(
@@ -51,6 +52,11 @@ def test_operations_are_those_that_torch_counts():
         6 * ids.numel() * CONFIG.hidden_size * (2 * CONFIG.num_hidden_layers + 1)
     )  # counted as weights by the formula
     assert counted == pytest.approx(linear - norms, rel=1e-6)
+
+
+def test_steps_takes_as_many_turns_as_asked_for():
+    found = steps.measure(("dgpo",), turns=steps.TURNS + 2)
+    assert len(found["dgpo"][0]) == steps.TURNS + 2 and found["dgpo"][1] > 1e8
 
 
 def test_no_gpu_is_said():

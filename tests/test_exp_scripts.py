@@ -6,6 +6,7 @@ All but one run the scripts inside this process (conftest.py); tests/test_run.py
 import json
 from pathlib import Path
 
+import all as run_all
 import alpha_sweep
 import did_entropy
 import displacement
@@ -33,7 +34,7 @@ def verdicts(results: Path, name: str) -> list[dict]:
 def test_displacement_launches_the_scripts(tmp_path):
     args = displacement.Args(seeds=1, steps=2, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
     displacement.main(args)
-    assert [verdict["claim"] for verdict in verdicts(tmp_path, "displacement")] == [6, 7, 15]
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "displacement")] == [6, 7, 15, 15]
     run = json.loads((tmp_path / "runs/dpo-unrelated-0.0001-0/args.json").read_text())
     assert run["alpha"] == 1 and run["beta"] == 0.1 and run["dataset"].endswith("unrelated_train.jsonl")
 
@@ -94,13 +95,13 @@ def test_hard_problems_asks_for_a_crossing(first, last, holds, tmp_path, monkeyp
 def test_eps_control(tmp_path, inside):
     args = eps_control.Args(seeds=1, problems=2, n=2, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
     eps_control.main(args)
-    assert [verdict["claim"] for verdict in verdicts(tmp_path, "eps_control")] == [12] * 4
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "eps_control")] == [12] * 5
 
 
 def test_reward_at_a_kl_lies_on_the_frontier():
     frontier = [(4.0, 0.8), (1.0, 0.2), (2.0, 0.6)]
-    assert eps_control.at_kl(1.5, frontier) == pytest.approx(0.4)
-    assert eps_control.at_kl(3.0, frontier) == pytest.approx(0.7)
+    assert eps_control.at_kl(2**0.5, frontier) == pytest.approx(0.4)  # half way in log KL
+    assert eps_control.at_kl(2**1.5, frontier) == pytest.approx(0.7)
     assert eps_control.at_kl(4.0, frontier) == pytest.approx(0.8)
     assert eps_control.at_kl(0.9, frontier) is None and eps_control.at_kl(4.1, frontier) is None
 
@@ -136,3 +137,37 @@ def test_entropy_of_one_token_is_the_exact_one():
 def test_reference_cost(tmp_path):
     reference_cost.main(reference_cost.Args(results=str(tmp_path), fast=True))
     assert [verdict["claim"] for verdict in verdicts(tmp_path, "reference_cost")] == [14]
+
+
+def verdict(claim, holds):
+    return {"claim": claim, "paper": "P", "statement": "S", "threshold": "T", "holds": holds, "numbers": "1"}
+
+
+def test_all_joins_the_verdicts_in_order(tmp_path):
+    for name, claims in (("tabular", (3, 3, 4)), ("gaussians", (1, 2))):
+        data = {"commit": "c", "machine": "m", "seconds": 1, "fast": False}
+        data["verdicts"] = [verdict(claim, claim != 4) for claim in claims]
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    page = run_all.join(tmp_path)
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and "---" not in line][1:]
+    assert [row[0] for row in rows] == ["| 1", "| 2", "| 3", "| 3", "| 4"]
+    assert [row[3] for row in rows] == ["holds"] * 4 + ["**does not hold**"]
+    assert "4 of 5 lines hold" in page and "gaussians.png" in page and "tabular.png" in page and "on m." in page
+
+
+def test_all_runs_what_it_is_told_to(tmp_path):
+    run_all.main(run_all.Args(only=("tabular",), results=str(tmp_path), fast=True))
+    assert "From fast versions" in (tmp_path / "README.md").read_text()
+    with pytest.raises(SystemExit, match="no experiment is called none"):
+        run_all.main(run_all.Args(only=("none",), results=str(tmp_path)))
+
+
+def test_every_experiment_is_run_by_all():
+    files = {path.stem for path in (report.ROOT / "experiments").glob("*.py")} - {"all", "report"}
+    assert files == set(run_all.EXPERIMENTS)
+
+
+def test_fast_versions_never_replace_the_results():
+    fast = alpha_sweep.Args(fast=True)
+    assert report.folder(fast) == report.ROOT / "runs/fast"
+    assert report.folder(alpha_sweep.Args()) == report.RESULTS
