@@ -43,7 +43,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import create_block_mask
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -433,18 +432,35 @@ def response_logits(model, batch: PreferenceBatch) -> Tensor:
         ).logits[0]
 
 
+class TokenLogps(torch.autograd.Function):
+    """token_logps, whose backward pass writes the gradient over the logits: nothing needs them any more, and no second
+    tensor of their size is made. Were they needed after all, autograd would see the change and raise.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        ctx.chunk, ctx.wide = chunk, torch.promote_types(logits.dtype, torch.float32)
+        chunks = zip(logits.split(chunk), targets.split(chunk))
+        return torch.cat([-torch.nn.functional.cross_entropy(x.to(ctx.wide), y, reduction="none") for x, y in chunks])
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        logits, targets = ctx.saved_tensors
+        for start in range(0, len(targets), ctx.chunk):
+            rows = slice(start, start + ctx.chunk)
+            # d logp / d logits = one-hot(target) - softmax(logits)
+            slope = logits[rows].to(ctx.wide).softmax(-1).mul_(-gradient[rows, None])
+            logits[rows] = slope.scatter_add_(1, targets[rows, None], gradient[rows, None])
+        return logits, None, None
+
+
 def token_logps(logits: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
     """log softmax(logits)[target] -> (targets,), in float32 or wider.
 
-    Chunk by chunk and computed again in the backward pass, so that no float32 copy of all logits ever exists.
+    Chunk by chunk, so that no float32 copy of all logits ever exists. backward() leaves the gradient in `logits`.
     """
-
-    def logps(logits: Tensor, targets: Tensor) -> Tensor:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-
-    chunks = zip(logits.split(chunk), targets.split(chunk))
-    return torch.cat([checkpoint(logps, *pair, use_reentrant=False) for pair in chunks])
+    return TokenLogps.apply(logits, targets, chunk)
 
 
 def sum_responses(values: Tensor, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Training steps of a 7B model on one GPU: Mistral-7B's shape with random weights, bf16 compute, no TRL beside it.
+"""Training steps of a 7B model on one GPU beside TRL's: Mistral-7B's shape with random weights, bf16 compute.
 
     python benchmarks/gpu.py        # one GPU; without one it says so and measures nothing
     python benchmarks/gpu.py --save benchmarks/results/gpu
@@ -7,7 +7,8 @@ LoRA (rank 16, base in bf16) and full fine-tuning (float32 weights, gradient che
 with sdpa, for three objectives: DPO with stored reference log-probs (hdpo.py), DPO with the reference run at every step
 (a frozen copy in bf16, or the model with its adapters off), and DGPO, which has none. Each runs in a
 process of its own; one that runs out of memory says so in the table. What is timed is the whole step: collating,
-forward, loss, backward, clipping, AdamW.
+forward, loss, backward, clipping, AdamW. TRL's DPOTrainer (installed as speed.py does it) takes the same steps with
+stored reference log-probs, under sdpa, at its fastest per-device batch.
 """
 
 import contextlib
@@ -28,9 +29,10 @@ import torch
 import tyro
 from lengths import describe
 from peft import LoraConfig, get_peft_model
-from sides import make_pairs
+from sides import BETA, make_mistral, make_pairs, peak_bytes, stored_dpo_losses, wait_for_device
+from speed import CHOOSING, SLOWER, Failed, Side, trl_environment
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM, MistralConfig
+from transformers import AutoModelForCausalLM
 
 import common
 import dgpo
@@ -39,7 +41,7 @@ OBJECTIVES = ("dpo stored", "dpo live", "dgpo")
 # Dense bf16 operations a second, as the vendor states them; the PCIe and NVL parts are slower.
 PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 TOKENS_PER_DEVICE = 8192
-WARMUP = 2  # steps that allocate and compile
+WARMUP = CHOOSING  # steps that allocate and compile
 
 
 @dataclass
@@ -49,20 +51,21 @@ class Args:
     pairs: int = 32
     """Pairs per optimizer step"""
     steps: int = 4
-    """Timed steps, after two that are not"""
+    """Timed steps, after three that are not"""
+    trl: bool = True
+    """Measure TRL as well"""
+    trl_batches: tuple[int, ...] = (2, 4, 8, 16)
+    """TRL's per-device batches to choose the fastest from, ascending; accumulated to --pairs"""
+    trl_python: str = ""
+    """A Python with TRL; empty: make a virtual environment with the pinned versions"""
     save: str = ""
     """Write the table to SAVE.md and all numbers to SAVE.json"""
 
 
-def make_model(config, tuning: str, attention: str, device: str):
+def make_model(config: dict, tuning: str, attention: str, device: str):
     """The policy with random weights, in the types that common.load_model would give it."""
-    lora = tuning == "lora"
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16 if lora and device == "cuda" else torch.float32, attn_implementation=attention
-        )
-    if lora:
+    model = make_mistral(config, tuning == "lora", attention, device)
+    if tuning == "lora":
         return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -102,24 +105,19 @@ def matmul_rate(device: str, size: int = 8192, repeats: int = 20) -> float:
     a, b = torch.randn(2, size, size, device=device, dtype=torch.bfloat16).unbind()
     times = []
     for _ in range(repeats):
-        wait(device)
+        wait_for_device()
         started = time.perf_counter()
         a @ b
-        wait(device)
+        wait_for_device()
         times.append(time.perf_counter() - started)
     return 2 * size**3 / min(times)
 
 
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 @torch.no_grad()
-def noise(model, rows: list[dict], device: str) -> tuple[float, float]:
+def noise(model, rows: list[dict], device: str) -> tuple[float, float, list[float]]:
     """Largest difference of a response's summed log-prob to one plain forward: packed, and of a padded plain batch.
 
-    Both change nothing in exact arithmetic; the second is what any trainer that pads accepts.
+    Both change nothing in exact arithmetic; the second is what any trainer that pads accepts. Third, the plain sums.
     """
     packed = torch.stack(common.response_logps(model, common.collate(rows).to(device)), 1).flatten().tolist()
     sequences = [(row["prompt_ids"], row[f"{part}_ids"]) for row in rows for part in ("chosen", "rejected")]
@@ -139,10 +137,10 @@ def noise(model, rows: list[dict], device: str) -> tuple[float, float]:
 
     alone = [plain([one], len(one[0]) + len(one[1]))[0] for one in sequences]
     padded = plain(sequences, longest)
-    return tuple(max(abs(a - b) for a, b in zip(one, alone)) for one in (packed, padded))
+    return *(max(abs(a - b) for a, b in zip(one, alone)) for one in (packed, padded)), alone
 
 
-def side(config, tuning: str, attention: str, objective: str, name: str, device: str, args: Args) -> dict:
+def side(config: dict, tuning: str, attention: str, objective: str, name: str, device: str, args: Args) -> dict:
     """All numbers of one line of the table."""
     rows = make_pairs(name, args.pairs * (WARMUP + args.steps))
     model = make_model(config, tuning, attention, device).train()
@@ -151,41 +149,74 @@ def side(config, tuning: str, attention: str, objective: str, name: str, device:
     optimizer = torch.optim.AdamW(trained, lr=1e-7, fused=True)
     lengths = [sum(map(len, row.values())) for row in rows]
     bound, seconds = common.row_tokens(model, TOKENS_PER_DEVICE), []
-    off, off_padded = noise(model, rows[:4], device)
+    off, off_padded, plain = noise(model, rows[:4], device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in range(WARMUP + args.steps):
-        wait(device)
+        wait_for_device()
         started = time.perf_counter()
         pairs = list(range(step * args.pairs, (step + 1) * args.pairs))
         for indices in common.micro_batches(pairs, lengths, bound, 1)[0]:
             batch = common.collate([rows[i] for i in indices]).to(device)
             if objective == "dgpo":
                 losses = dgpo.forward(model, batch, dgpo.Args())[0]
+            elif objective == "dpo stored":
+                losses = stored_dpo_losses(*common.response_logps(model, batch))
             else:
-                a0 = b0 = 0.0  # stored log-probs would be two constants
-                if objective == "dpo live":
-                    with torch.no_grad(), model.disable_adapter() if tuning == "lora" else contextlib.nullcontext():
-                        a0, b0 = common.response_logps(reference, batch)
+                with torch.no_grad(), model.disable_adapter() if tuning == "lora" else contextlib.nullcontext():
+                    a0, b0 = common.response_logps(reference, batch)
                 a, b = common.response_logps(model, batch)
-                losses = -logsigmoid(0.1 * ((a - a0) - (b - b0)))
+                losses = -logsigmoid(BETA * ((a - a0) - (b - b0)))
             (losses.sum() / args.pairs).backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         assert norm.isfinite(), "the gradient is not finite"
         optimizer.step()
         optimizer.zero_grad()
-        wait(device)
+        wait_for_device()
         seconds.append(time.perf_counter() - started)
-    timed = rows[args.pairs * WARMUP :]
+    operations = step_flops(model, tuning, rows[args.pairs * WARMUP :])
+    own = {"peak": peak_bytes(), "off": off, "off_padded": off_padded, "plain": plain, "operations": operations}
+    return own | rates(seconds[WARMUP:], rows[args.pairs * WARMUP :], operations)
+
+
+def rates(seconds: list[float], rows: list[dict], operations: float) -> dict:
+    """What the table says of timed steps over these rows."""
     return {
-        "seconds": seconds[WARMUP:],
-        "pairs_per_second": args.pairs / median(seconds[WARMUP:]),
-        "tokens_per_second": sum(lengths[args.pairs * WARMUP :]) / sum(seconds[WARMUP:]),
-        "flops": step_flops(model, tuning, timed) / sum(seconds[WARMUP:]),
-        "peak": torch.cuda.max_memory_allocated() if device == "cuda" else 0,
-        "off": off,
-        "off_padded": off_padded,
+        "seconds": seconds,
+        "pairs_per_second": len(rows) / len(seconds) / median(seconds),
+        "tokens_per_second": sum(len(ids) for row in rows for ids in row.values()) / sum(seconds),
+        "flops": operations / sum(seconds),
     }
+
+
+def trl(python: str, config: dict, tuning: str, name: str, device: str, args: Args, ours: dict) -> dict:
+    """TRL's line of the table, at the per-device batch where its steps took least time; `ours` is this repo's line."""
+    spec = {"name": name, "batch_size": args.pairs, "steps": WARMUP + args.steps}
+    rows, best = make_pairs(name, args.pairs * (WARMUP + args.steps))[args.pairs * WARMUP :], None
+    for device_batch in args.trl_batches:
+        try:
+            one = Side(
+                python, "trl_side.py", device_batch=device_batch, tuning=tuning, config=config, device=device, **spec
+            )
+            steps = [one.step() for _ in range(WARMUP + args.steps)]
+        except Failed as failure:
+            if "memory" not in str(failure):
+                return best or {"failed": str(failure).strip().splitlines()[-1]}
+            return best or {"failed": "out of memory"}
+        one.end()
+        seconds = [step["seconds"] for step in steps[WARMUP:]]
+        if best is None or sum(seconds) < sum(best["seconds"]):
+            off = max(abs(a - b) for a, b in zip(one.ready["logps"], ours["plain"]))
+            best = rates(seconds, rows, ours["operations"])
+            best |= {
+                "peak": steps[-1]["peak"],
+                "off": off,
+                "off_padded": ours["off_padded"],
+                "device_batch": device_batch,
+            }
+        elif sum(seconds) > SLOWER * sum(best["seconds"]):
+            break
+    return best
 
 
 def table(results: dict[str, dict], rate: float, peak: float | None) -> str:
@@ -212,7 +243,8 @@ def main(args: Args) -> None:
     if not torch.cuda.is_available():
         print("no GPU here: nothing was measured")
         return
-    results = {}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    python, results = args.trl and (args.trl_python or trl_environment()), {}
     for name, tuning, attention, objective in product(
         args.lengths, ("lora", "full"), ("flex_attention", "sdpa"), OBJECTIVES
     ):
@@ -222,12 +254,18 @@ def main(args: Args) -> None:
         failed = {"failed": f"failed with exit code {done.returncode}"}
         results[title] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed
         print(title, results[title], flush=True)
+        if args.trl and (attention, objective) == ("sdpa", "dpo stored") and "failed" not in results[title]:
+            beside = trl(python, {}, tuning, name, "cuda", args, results[title])
+            title = f"{name}, {tuning}, sdpa, dpo stored, TRL {beside.get('device_batch', '')}"
+            results[title] = beside
+            print(title, beside, flush=True)
     device = torch.cuda.get_device_name()
     rate, peak = matmul_rate("cuda"), PEAK.get(device)
     text = (
         f"# Training steps of a 7B model on one {device}\n\n"
         f"`python benchmarks/gpu.py`, torch {torch.__version__}; {args.pairs} pairs a step, {args.steps} steps "
-        f"(pairs/s by their median). A bf16 matrix product runs at {rate / 1e12:.0f} TFLOP/s here; MFU is against "
+        f"(pairs/s by their median). TRL's lines end with its per-device batch. "
+        f"A bf16 matrix product runs at {rate / 1e12:.0f} TFLOP/s here; MFU is against "
         f"{f'{peak / 1e12:.0f} TFLOP/s' if peak else 'a peak that this script does not know'}. Every token is counted "
         "once; recomputation and a reference's forward are not counted.\n\n"
         + table(results, rate, peak)
@@ -243,10 +281,9 @@ def main(args: Args) -> None:
 def line(spec: str) -> None:
     """One variant in this process; its numbers are the last line that it prints."""
     tuning, attention, objective, name, pairs, steps = json.loads(spec)
-    config = MistralConfig(sliding_window=None)  # its defaults are Mistral-7B's shape
     try:
         args = Args(pairs=pairs, steps=steps)
-        print(json.dumps(side(config, tuning, attention, objective, name, "cuda", args)))
+        print(json.dumps(side({}, tuning, attention, objective, name, "cuda", args)))
     except torch.OutOfMemoryError:
         print(json.dumps({"failed": "out of memory"}))
 

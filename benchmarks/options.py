@@ -1,9 +1,9 @@
 """What each way to make the training step faster is worth: the scripts' step with one thing changed, in one run.
 
-    python benchmarks/options.py        (two CPU cores, about six minutes)
+    python benchmarks/options.py        (two CPU cores, about twelve minutes)
 
-Each variant runs in a process of its own, in turns with one that takes the step as it is shipped, on the same pairs; a
-ratio is the median over the turns.
+Each variant runs in a process of its own, in turns with one that takes the step as it is shipped, on the same pairs of
+HH-RLHF's lengths; a ratio is the median over the turns.
 """
 
 import json
@@ -11,17 +11,21 @@ import statistics
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import steps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 VARIANTS = {
-    "as shipped": "rows of bounded length, prompt once, chunked log-softmax, fused AdamW",
+    "as shipped": "rows of bounded length, prompt once, chunked log-softmax with its gradient in place, fused AdamW",
     "one long row": "all pairs of a micro-batch in one row of up to 8,192 tokens",
     "rows of 384": "shorter rows than the shipped ones (512 here: 0.75 x the hidden size, but no less)",
     "rows of 768": "longer rows",
+    "attention by pair": "one long row, attention runs pair after pair in a function of our own",
     "prompt twice": "each response with a prompt of its own, packed in rows of its own",
     "padded": "the plain way: 16 sequences padded to the longest in one batch, log-softmax in one piece",
     "head everywhere": "logits at all positions, not only where a response token is predicted",
@@ -31,6 +35,7 @@ VARIANTS = {
     "checkpointing": "--gradient-checkpointing",
     "eager attention": "--attn-implementation eager",
     "torch.compile": "the model compiled with dynamic shapes",
+    "allocator": "freed memory is kept by the process: " + " ".join(f"{k}={v}" for k, v in KEEP_MEMORY.items()),
 }
 TURNS, WARMUP, BATCH_SIZE = 6, 2, 8
 
@@ -55,12 +60,37 @@ def padded_logps(model, rows):
     return sums.chunk(2)
 
 
+def attend_by_pair(batch, config) -> None:
+    """Make "by pair" the attention of transformers that runs each pair of this batch alone."""
+    import torch
+    from transformers import AttentionInterface
+
+    import common
+
+    changes = (batch.pair.diff() != 0).nonzero()[:, 0] + 1
+    blocks = []
+    for start, end in pairwise([0, *changes.tolist(), len(batch.pair)]):
+        position_ids, pair, part = batch.position_ids[:, start:end], batch.pair[start:end], batch.part[start:end]
+        alone = replace(batch, position_ids=position_ids, pair=pair, part=part)
+        blocks.append((slice(start, end), common.attention_mask(config, alone, torch.float32)))
+
+    def by_pair(_module, query, key, value, _mask, scaling=None, **_):
+        found = [
+            torch.nn.functional.scaled_dot_product_attention(
+                query[:, :, own], key[:, :, own], value[:, :, own], attn_mask=mask, scale=scaling
+            )
+            for own, mask in blocks
+        ]
+        return torch.cat(found, 2).transpose(1, 2), None
+
+    AttentionInterface.register("by pair", by_pair)
+
+
 def side(variant: str, steps: int) -> None:
     """Take a step for every line on stdin, at most `steps`; say how long it took and the process's peak memory."""
     import torch
     from datasets import Dataset
-    from sides import make_model, make_pairs, peak_bytes
-    from torch.nn.functional import logsigmoid
+    from sides import make_model, make_pairs, peak_bytes, stored_dpo_losses
 
     import common
 
@@ -69,7 +99,7 @@ def side(variant: str, steps: int) -> None:
     parameters = list(model.parameters())
     fused = {"foreach": False} if variant == "AdamW by tensor" else {"fused": True}
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, **fused)
-    rows_of = {"one long row": 8192, "rows of 384": 384, "rows of 768": 768, "padded": 8192}
+    rows_of = {"one long row": 8192, "attention by pair": 8192, "rows of 384": 384, "rows of 768": 768, "padded": 8192}
     most = rows_of.get(variant, common.row_tokens(model, 8192))
     run = model
     if variant == "checkpointing":
@@ -83,9 +113,16 @@ def side(variant: str, steps: int) -> None:
         """(pairs,), (pairs,) of a collated batch, or of two, one for each response."""
         if variant == "prompt twice":
             return common.response_logps(run, batch[0])[0], common.response_logps(run, batch[1])[1]
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+        if variant == "attention by pair":
+            model.config._attn_implementation = "sdpa"  # for its masks
+            attend_by_pair(batch, model.config)
+            model.config._attn_implementation = "by pair"
+            inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1), "logits_to_keep": batch.logit_positions}
+            logits = run(**inputs, use_cache=False).logits[0]
+            return common.sum_responses(common.token_logps(logits, batch.targets), batch)
         if variant == "head everywhere":
-            mask = common.attention_mask(model.config, batch, model.dtype)
-            inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "attention_mask": mask}
+            inputs["attention_mask"] = common.attention_mask(model.config, batch, model.dtype)
             logits = run(**inputs, use_cache=False).logits[0, batch.logit_positions]
             return common.sum_responses(common.token_logps(logits, batch.targets), batch)
         if variant == "softmax at once":
@@ -110,7 +147,7 @@ def side(variant: str, steps: int) -> None:
         batches = pool.map(build, plan) if variant == "collate ahead" else map(build, plan)
         for batch in batches:
             a, b = padded_logps(run, batch) if variant == "padded" else logps(batch)
-            (-logsigmoid(0.1 * (a - b)).sum() / BATCH_SIZE).backward()  # stored log-probs would be two constants
+            (stored_dpo_losses(a, b).sum() / BATCH_SIZE).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -123,7 +160,8 @@ def main() -> None:
         if variant == "as shipped":
             print(f"| {variant} | 1 | | 1 | {what} |", flush=True)
             continue
-        found = steps.measure(("as shipped", variant), TURNS, WARMUP, __file__)
+        settings = {variant: KEEP_MEMORY if variant == "allocator" else {}}
+        found = steps.measure(("as shipped", variant), TURNS, WARMUP, __file__, settings)
         (base, base_peak), (own, peak) = found.values()
         ratios = [one / other for one, other in zip(own, base)]
         print(

@@ -63,5 +63,4 @@ def main(name: str, batch_size: int, steps: int, tokens_per_device: int) -> None
 
 
 if __name__ == "__main__":
-    spec = json.loads(sys.argv[1])
-    main(spec["name"], spec["batch_size"], spec["steps"], spec["tokens_per_device"])
+    main(**json.loads(sys.argv[1]))

@@ -22,9 +22,6 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-# Also for both sides, which inherit it.
-os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
-
 import torch
 import tyro
 from lengths import DISTRIBUTIONS, describe, pair_lengths
@@ -32,7 +29,7 @@ from sides import make_model, make_pairs
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
-TRL = ["torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0"]
+TRL = ["torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets==5.2.0", "peft==0.21.2"]
 CHOOSING = 3  # steps at each per-device batch of TRL: one to warm up, then the fastest counts, as noise only slows
 SLOWER = 1.25  # a larger per-device batch is not tried when the last one was slower than the best by this much
 
@@ -98,10 +95,8 @@ class Side:
         self.errors.close()
 
 
-def trl_environment(args: Args) -> str:
-    """Path of a Python that has TRL at the pinned version."""
-    if args.trl_python:
-        return args.trl_python
+def trl_environment() -> str:
+    """Path of a Python that has TRL at the pinned version, installed at the first call."""
     folder = HERE / ".trl-venv"
     python, complete = folder / "bin/python", folder / "complete"
     if not complete.exists():
@@ -305,8 +300,10 @@ def report(results: dict[str, dict], args: Args, minutes: float, load_before: fl
 
 
 def main(args: Args) -> None:
+    # For both sides, which inherit it.
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     started, load_before = time.perf_counter(), os.getloadavg()[0]
-    python, model = trl_environment(args), make_model().eval()
+    python, model = args.trl_python or trl_environment(), make_model().eval()
     results = {}
     for name in args.lengths:
         results[name] = measure(name, python, model, args)

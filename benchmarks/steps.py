@@ -13,11 +13,12 @@ Each runs in a process of its own, whose peak memory is given. They take turns; 
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,7 +31,7 @@ def side(variant: str, steps: int) -> None:
     """Take a step for every line on stdin, at most `steps`; say how long it took and the process's peak memory."""
     import torch
     from datasets import Dataset
-    from sides import make_model, make_pairs, peak_bytes
+    from sides import BETA, make_model, make_pairs, peak_bytes, stored_dpo_losses
     from torch.nn.functional import logsigmoid
 
     import common
@@ -61,17 +62,17 @@ def side(variant: str, steps: int) -> None:
                     with torch.no_grad():
                         a0, b0 = common.response_logps(reference, batches[0])
                     a, b = common.response_logps(model, batches[0])
-                    loss = -logsigmoid(0.1 * ((a - a0) - (b - b0))).sum()
+                    loss = -logsigmoid(BETA * ((a - a0) - (b - b0))).sum()
                 elif variant == "dpo stored":
                     a, b = common.response_logps(model, batches[0])
-                    loss = -logsigmoid(0.1 * (a - b)).sum()  # stored log-probs would be two constants
+                    loss = stored_dpo_losses(a, b).sum()
                 elif variant == "dgpo":
                     loss = dgpo.forward(model, batches[0], dgpo.Args())[0].sum()
                 elif variant == "eps_dpo":
-                    loss = eps_dpo.forward(model, reference, batches[0], 0.1, args)[0].sum()
+                    loss = eps_dpo.forward(model, reference, batches[0], BETA, args)[0].sum()
                 elif variant == "dpo unshared":
                     a, b = common.response_logps(model, batches[0])[0], common.response_logps(model, batches[1])[1]
-                    loss = -logsigmoid(0.1 * (a - b)).sum()
+                    loss = stored_dpo_losses(a, b).sum()
                 else:
                     loss = -common.response_logps(model, batches[0])[parts == ("rejected",)].sum()
                 (loss / 8).backward()
@@ -90,15 +91,22 @@ def side(variant: str, steps: int) -> None:
 
 
 def measure(
-    variants: Sequence[str], turns: int = TURNS, warmup: int = 1, script: str = __file__
+    variants: Sequence[str],
+    turns: int = TURNS,
+    warmup: int = 1,
+    script: str = __file__,
+    settings: Mapping[str, dict] = {},
 ) -> dict[str, tuple[list[float], int]]:
     """variant -> (seconds of each step, peak memory in bytes of its process). The variants take turns.
 
-    warmup  first steps, which allocate and compile, that are not timed
+    warmup    first steps, which allocate and compile, that are not timed
+    settings  environment variables of a variant
     """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     sides = {
-        variant: subprocess.Popen([sys.executable, script, variant, str(warmup + turns)], **pipes)
+        variant: subprocess.Popen(
+            [sys.executable, script, variant, str(warmup + turns)], **pipes, env=os.environ | settings.get(variant, {})
+        )
         for variant in variants
     }
     seconds, peak = {variant: [] for variant in variants}, {}

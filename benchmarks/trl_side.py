@@ -6,7 +6,8 @@ import tempfile
 from importlib.metadata import version
 
 from datasets import Dataset
-from sides import BETA, LEARNING_RATE, MAX_GRAD_NORM, Line, make_model, make_pairs, peak_bytes
+from peft import LoraConfig
+from sides import BETA, LEARNING_RATE, MAX_GRAD_NORM, Line, make_mistral, make_model, make_pairs, peak_bytes
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -30,10 +31,19 @@ class Steps(TrainerCallback):
         self.line.done()
 
 
-def main(name: str, batch_size: int, steps: int, device_batch: int) -> None:
+def main(
+    name: str,
+    batch_size: int,
+    steps: int,
+    device_batch: int,
+    tuning: str = "",
+    config: dict | None = None,
+    device="cpu",
+) -> None:
+    """speed.py's small Llama on the CPU; with a tuning ("lora" or "full"), gpu.py's Mistral on the device."""
     line = Line()
     dataset = Dataset.from_list(make_pairs(name, batch_size * steps))
-    model = make_model()
+    model = make_mistral(config, tuning == "lora", "sdpa", device) if tuning else make_model()
     before = peak_bytes()
     core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, "<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
@@ -50,17 +60,23 @@ def main(name: str, batch_size: int, steps: int, device_batch: int) -> None:
             lr_scheduler_type="constant",
             max_grad_norm=MAX_GRAD_NORM,
             max_length=None,
-            bf16=False,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            use_cpu=True,
+            bf16=device == "cuda",
+            gradient_checkpointing=tuning == "full",
+            dataloader_pin_memory=device == "cuda",
+            use_cpu=device == "cpu",
             logging_strategy="no",
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
         )
+        lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if tuning == "lora" else None
         trainer = OnTokenIds(
-            model, args=args, train_dataset=dataset, processing_class=tokenizer, callbacks=[Steps(line)]
+            model,
+            args=args,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            callbacks=[Steps(line)],
+            peft_config=lora,
         )
         versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "trl")}
         stored = trainer.train_dataset[:batch_size]
@@ -71,5 +87,4 @@ def main(name: str, batch_size: int, steps: int, device_batch: int) -> None:
 
 
 if __name__ == "__main__":
-    spec = json.loads(sys.argv[1])
-    main(spec["name"], spec["batch_size"], spec["steps"], spec["device_batch"])
+    main(**json.loads(sys.argv[1]))

@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import MistralConfig
 
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 
@@ -14,27 +13,39 @@ import gpu  # noqa: E402
 import steps  # noqa: E402
 from sides import VOCABULARY, make_pairs  # noqa: E402
 
-CONFIG = MistralConfig(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, sliding_window=None,
-)  # fmt: skip
+SHAPE = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", gpu.OBJECTIVES)
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_every_variant_takes_its_steps(tuning, objective):
-    found = gpu.side(CONFIG, tuning, "sdpa", objective, "hh", "cpu", gpu.Args(pairs=2, steps=1))
+    found = gpu.side(SHAPE, tuning, "sdpa", objective, "hh", "cpu", gpu.Args(pairs=2, steps=1))
     assert len(found["seconds"]) == 1 and found["flops"] > 0 and found["tokens_per_second"] > 0
     assert found["off"] < 1e-3 and found["off_padded"] < 1e-3  # float32: rounding alone
     shown = gpu.table({"one": found, "two": {"failed": "out of memory"}}, rate=1e12, peak=None)
     assert "out of memory" in shown and shown.count("\n") == 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["lora", "full"])
+def test_trl_takes_the_same_steps(tuning):
+    """Where TRL is installed: the same random weights and pairs, and so the same log-probs."""
+    pytest.importorskip("trl")
+    args = gpu.Args(pairs=2, steps=1, trl_batches=(1, 2))
+    ours = gpu.side(SHAPE, tuning, "sdpa", "dpo stored", "hh", "cpu", args)
+    found = gpu.trl(sys.executable, SHAPE, tuning, "hh", "cpu", args, ours)
+    assert found["off"] < 1e-3 and found["device_batch"] in (1, 2) and len(found["seconds"]) == 1
+    assert "TRL" in gpu.table({"TRL": found}, rate=1e12, peak=1e13)
+
+
 def test_operations_are_those_that_torch_counts():
     """Linear layers and the head of one unshared forward and backward; attention is left to the formula's last term."""
-    model = gpu.make_model(CONFIG, "full", "sdpa", "cpu")
+    model = gpu.make_model(SHAPE, "full", "sdpa", "cpu")
     model.gradient_checkpointing_disable()
-    row = make_pairs("hh", 1)[0]
+    config, row = model.config, make_pairs("hh", 1)[0]
     prompt, response = len(row["prompt_ids"]), len(row["chosen_ids"])
     ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"][:-1]])
     with FlopCounterMode(display=False) as counter:
@@ -46,10 +57,10 @@ def test_operations_are_those_that_torch_counts():
     )
     pairs = prompt * (prompt + 1) / 2 + (response - 1) * prompt + (response - 1) * response / 2
     one = {"prompt_ids": row["prompt_ids"], "chosen_ids": row["chosen_ids"], "rejected_ids": [0]}  # a response of one
-    extra = 6 * CONFIG.vocab_size * CONFIG.hidden_size  # token runs the head once more
-    linear = gpu.step_flops(model, "full", [one]) - 12 * CONFIG.num_hidden_layers * CONFIG.hidden_size * pairs - extra
+    extra = 6 * config.vocab_size * config.hidden_size  # token runs the head once more
+    linear = gpu.step_flops(model, "full", [one]) - 12 * config.num_hidden_layers * config.hidden_size * pairs - extra
     norms = (
-        6 * ids.numel() * CONFIG.hidden_size * (2 * CONFIG.num_hidden_layers + 1)
+        6 * ids.numel() * config.hidden_size * (2 * config.num_hidden_layers + 1)
     )  # counted as weights by the formula
     assert counted == pytest.approx(linear - norms, rel=1e-6)
 

@@ -81,12 +81,33 @@ def test_shared_tokens_run_once():
 
 @pytest.mark.parametrize("chunk", [1, 7, 512])
 def test_chunks(chunk):
-    logits = torch.randn(30, 11, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 11, (30,))
-    logps = common.token_logps(logits, targets, chunk)
-    torch.testing.assert_close(logps, logits.log_softmax(-1).gather(1, targets[:, None])[:, 0])
-    half = common.token_logps(logits.to(torch.bfloat16), targets, chunk)
+    """Values and gradients of log_softmax, whatever the chunk; in bf16 as exact as bf16 can hold them."""
+    scores = (3 * torch.randn(30, 11, dtype=torch.float64)).requires_grad_()
+    targets, weights = torch.randint(0, 11, (30,)), torch.randn(30, dtype=torch.float64)
+    expected = scores.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    slope = torch.autograd.grad((weights * expected).sum(), scores)[0]
+    logps = common.token_logps(scores * 1, targets, chunk)
+    torch.testing.assert_close(logps, expected)
+    torch.testing.assert_close(torch.autograd.grad((weights * logps).sum(), scores)[0], slope)
+    half = common.token_logps(scores.bfloat16(), targets, chunk)
     assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), expected, atol=0.1, rtol=0.02)
+    (half_slope,) = torch.autograd.grad((weights * half).sum(), scores)
+    torch.testing.assert_close(half_slope, slope, atol=0.03, rtol=0.02)
+
+
+def test_the_gradient_takes_the_place_of_the_logits():
+    """No second tensor of their size; and who would use the overwritten logits again gets an error, not a number."""
+    scores = torch.randn(30, 11, requires_grad=True)
+    logits = scores * 1
+    total = common.token_logps(logits, torch.randint(0, 11, (30,))).sum()
+    (slope,) = torch.autograd.grad(total, logits, retain_graph=True)
+    assert slope.data_ptr() == logits.data_ptr()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(total, logits)
+    squared = logits.square().sum()  # needs the logits in its own backward pass
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (squared + common.token_logps(logits, torch.randint(0, 11, (30,))).sum()).backward()
 
 
 @pytest.mark.parametrize("family", [*PACKABLE, "bloom", "mamba"])
