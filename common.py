@@ -429,12 +429,12 @@ def response_logits(model, batch: PreferenceBatch) -> Tensor:
             attention_mask=attention_mask(bare.config.get_text_config(), batch, bare.dtype),
             logits_to_keep=batch.logit_positions,
             use_cache=False,
-        ).logits[0]
+        ).logits.squeeze(0)  # whose gradient is a view; that of [0] would be a copy
 
 
 class TokenLogps(torch.autograd.Function):
     """token_logps, whose backward pass writes the gradient over the logits: nothing needs them any more, and no second
-    tensor of their size is made. Were they needed after all, autograd would see the change and raise.
+    tensor of their size is made. Where autograd still needs them it sees the change and raises.
     """
 
     @staticmethod
@@ -445,6 +445,7 @@ class TokenLogps(torch.autograd.Function):
         return torch.cat([-torch.nn.functional.cross_entropy(x.to(ctx.wide), y, reduction="none") for x, y in chunks])
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor):
         logits, targets = ctx.saved_tensors
         for start in range(0, len(targets), ctx.chunk):
@@ -458,7 +459,8 @@ class TokenLogps(torch.autograd.Function):
 def token_logps(logits: Tensor, targets: Tensor, chunk: int = 512) -> Tensor:
     """log softmax(logits)[target] -> (targets,), in float32 or wider.
 
-    Chunk by chunk, so that no float32 copy of all logits ever exists. backward() leaves the gradient in `logits`.
+    Chunk by chunk, so that no float32 copy of all logits ever exists. backward() writes their gradient over `logits`:
+    read what else you want of them before.
     """
     return TokenLogps.apply(logits, targets, chunk)
 
@@ -585,7 +587,7 @@ def load_model(args, accelerator: Accelerator):
         lora = LoraConfig(r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, **options)
         model = get_peft_model(model, lora)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 

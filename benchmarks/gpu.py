@@ -5,14 +5,16 @@
 
 LoRA (rank 16, base in bf16) and full fine-tuning (float32 weights, gradient checkpointing), with flex_attention and
 with sdpa, for three objectives: DPO with stored reference log-probs (hdpo.py), DPO with the reference run at every step
-(a frozen copy in bf16, or the model with its adapters off), and DGPO, which has none. Each runs in a
+(a frozen copy, or the model with its adapters off), and DGPO, which has none. Each runs in a
 process of its own; one that runs out of memory says so in the table. What is timed is the whole step: collating,
-forward, loss, backward, clipping, AdamW. TRL's DPOTrainer (installed as speed.py does it) takes the same steps with
-stored reference log-probs, under sdpa, at its fastest per-device batch.
+forward, loss, backward, clipping, AdamW. TRL's DPOTrainer takes the same steps with stored reference log-probs, under
+sdpa, at its fastest per-device batch, in the environment that speed.py installs (with a torch for CUDA); collating is
+not in its time. The report is written anew after every line, so a run that is stopped keeps what it has.
 """
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -30,9 +33,8 @@ import tyro
 from lengths import describe
 from peft import LoraConfig, get_peft_model
 from sides import BETA, make_mistral, make_pairs, peak_bytes, stored_dpo_losses, wait_for_device
-from speed import CHOOSING, SLOWER, Failed, Side, trl_environment
+from speed import CHOOSING, SLOWER, Failed, Side, out_of_memory, trl_environment
 from torch.nn.functional import logsigmoid
-from transformers import AutoModelForCausalLM
 
 import common
 import dgpo
@@ -48,6 +50,12 @@ WARMUP = CHOOSING  # steps that allocate and compile
 class Args:
     lengths: tuple[str, ...] = ("hh", "ultrafeedback")
     """Length distributions (lengths.py)"""
+    tunings: tuple[Literal["lora", "full"], ...] = ("lora", "full")
+    """What is trained"""
+    attentions: tuple[Literal["flex_attention", "sdpa"], ...] = ("flex_attention", "sdpa")
+    """Attention implementations"""
+    objectives: tuple[Literal["dpo stored", "dpo live", "dgpo"], ...] = OBJECTIVES
+    """Losses, and where the reference's log-probs come from"""
     pairs: int = 32
     """Pairs per optimizer step"""
     steps: int = 4
@@ -55,7 +63,7 @@ class Args:
     trl: bool = True
     """Measure TRL as well"""
     trl_batches: tuple[int, ...] = (2, 4, 8, 16)
-    """TRL's per-device batches to choose the fastest from, ascending; accumulated to --pairs"""
+    """TRL's per-device batches to choose the fastest from, ascending divisors of --pairs, to which they accumulate"""
     trl_python: str = ""
     """A Python with TRL; empty: make a virtual environment with the pinned versions"""
     save: str = ""
@@ -67,17 +75,21 @@ def make_model(config: dict, tuning: str, attention: str, device: str):
     model = make_mistral(config, tuning == "lora", attention, device)
     if tuning == "lora":
         return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def frozen_copy(model, tuning: str, device: str):
-    """What a live reference costs: nothing but its forward under LoRA, else a second model in bf16."""
+def frozen_copy(model, config: dict, tuning: str, device: str):
+    """The live reference: under LoRA the model itself, else a second one in the types of common.load_frozen, which are
+    bf16 for linear layers and float32 for embeddings and norms.
+    """
     if tuning == "lora":
         return model
-    dtype, attention = torch.bfloat16 if device == "cuda" else torch.float32, model.config._attn_implementation
-    with torch.device(device):
-        copy = AutoModelForCausalLM.from_config(model.config, dtype=dtype, attn_implementation=attention)
+    copy = make_mistral(config, False, model.config._attn_implementation, device)
+    if device == "cuda":
+        for module in copy.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(torch.bfloat16)
     return copy.requires_grad_(False).eval()
 
 
@@ -144,12 +156,14 @@ def side(config: dict, tuning: str, attention: str, objective: str, name: str, d
     """All numbers of one line of the table."""
     rows = make_pairs(name, args.pairs * (WARMUP + args.steps))
     model = make_model(config, tuning, attention, device).train()
-    reference = frozen_copy(model, tuning, device) if objective == "dpo live" else None
+    reference = frozen_copy(model, config, tuning, device) if objective == "dpo live" else None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-7, fused=True)
     lengths = [sum(map(len, row.values())) for row in rows]
     bound, seconds = common.row_tokens(model, TOKENS_PER_DEVICE), []
     off, off_padded, plain = noise(model, rows[:4], device)
+    torch.compiler.reset()  # noise had shapes of its own, and flex_attention is compiled for a few only
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or it would go on without being compiled
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in range(WARMUP + args.steps):
@@ -175,7 +189,7 @@ def side(config: dict, tuning: str, attention: str, objective: str, name: str, d
         wait_for_device()
         seconds.append(time.perf_counter() - started)
     operations = step_flops(model, tuning, rows[args.pairs * WARMUP :])
-    own = {"peak": peak_bytes(), "off": off, "off_padded": off_padded, "plain": plain, "operations": operations}
+    own = {"peak": peak_bytes(), "off": off, "off_padded": off_padded, "plain": plain}
     return own | rates(seconds[WARMUP:], rows[args.pairs * WARMUP :], operations)
 
 
@@ -193,6 +207,7 @@ def trl(python: str, config: dict, tuning: str, name: str, device: str, args: Ar
     """TRL's line of the table, at the per-device batch where its steps took least time; `ours` is this repo's line."""
     spec = {"name": name, "batch_size": args.pairs, "steps": WARMUP + args.steps}
     rows, best = make_pairs(name, args.pairs * (WARMUP + args.steps))[args.pairs * WARMUP :], None
+    operations, tried = step_flops(make_mistral(config, tuning == "lora", "sdpa", "meta"), tuning, rows), {}
     for device_batch in args.trl_batches:
         try:
             one = Side(
@@ -200,23 +215,18 @@ def trl(python: str, config: dict, tuning: str, name: str, device: str, args: Ar
             )
             steps = [one.step() for _ in range(WARMUP + args.steps)]
         except Failed as failure:
-            if "memory" not in str(failure):
-                return best or {"failed": str(failure).strip().splitlines()[-1]}
-            return best or {"failed": "out of memory"}
+            tried[device_batch] = "out of memory" if out_of_memory(failure) else str(failure).strip().splitlines()[-1]
+            break
         one.end()
         seconds = [step["seconds"] for step in steps[WARMUP:]]
+        tried[device_batch] = median(seconds)
         if best is None or sum(seconds) < sum(best["seconds"]):
-            off = max(abs(a - b) for a, b in zip(one.ready["logps"], ours["plain"]))
-            best = rates(seconds, rows, ours["operations"])
-            best |= {
-                "peak": steps[-1]["peak"],
-                "off": off,
-                "off_padded": ours["off_padded"],
-                "device_batch": device_batch,
-            }
+            off = max((abs(a - b) for a, b in zip(one.ready["logps"], ours.get("plain", []))), default=math.nan)
+            best = {"peak": steps[-1]["peak"], "off": off, "off_padded": math.nan, "device_batch": device_batch}
+            best |= rates(seconds, rows, operations)
         elif sum(seconds) > SLOWER * sum(best["seconds"]):
             break
-    return best
+    return (best or {"failed": tried[device_batch]}) | {"tried": tried}
 
 
 def table(results: dict[str, dict], rate: float, peak: float | None) -> str:
@@ -231,12 +241,46 @@ def table(results: dict[str, dict], rate: float, peak: float | None) -> str:
             lines.append(f"| {title} | {one['failed']} | | | | | | |")
             continue
         share = f"{one['flops'] / peak:.0%}" if peak else "-"
+        off, off_padded = ("-" if math.isnan(one[name]) else f"{one[name]:.1e}" for name in ("off", "off_padded"))
         lines.append(
             f"| {title} | {one['pairs_per_second']:.1f} | {one['tokens_per_second']:.0f} | "
             f"{one['peak'] / 1e9:.1f} GB | {share} | {one['flops'] / rate:.0%} | "
-            f"{one['off']:.1e} | {one['off_padded']:.1e} |"
+            f"{off} | {off_padded} |"
         )
     return "\n".join(lines)
+
+
+REPORT = """# Training steps of a 7B model on one {device}
+
+`python benchmarks/gpu.py {options}`, torch {version}; {pairs} pairs a step, {steps} steps (pairs/s by their median).
+TRL's lines end with its per-device batch. A bf16 matrix product runs at {rate:.0f} TFLOP/s here; MFU is against
+{peak}. Every token is counted once; recomputation and a reference's forward are not counted.
+
+{table}
+
+{lengths}
+"""
+
+
+def report(results: dict[str, dict], rate: float, args: Args) -> None:
+    """Print the table so far, and save it."""
+    device = torch.cuda.get_device_name()
+    peak = PEAK.get(device)
+    text = REPORT.format(
+        device=device,
+        options=" ".join("PYTHON" if a == args.trl_python else a for a in sys.argv[1:]),
+        version=torch.__version__,
+        pairs=args.pairs,
+        steps=args.steps,
+        rate=rate / 1e12,
+        peak=f"{peak / 1e12:.0f} TFLOP/s" if peak else "a peak that this script does not know",
+        table=table(results, rate, peak),
+        lengths="\n".join(f"- {name}: {describe(name)}" for name in args.lengths),
+    )
+    print(text, flush=True)
+    if args.save:
+        Path(f"{args.save}.md").write_text(text)
+        Path(f"{args.save}.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def main(args: Args) -> None:
@@ -244,38 +288,27 @@ def main(args: Args) -> None:
         print("no GPU here: nothing was measured")
         return
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    python, results = args.trl and (args.trl_python or trl_environment()), {}
-    for name, tuning, attention, objective in product(
-        args.lengths, ("lora", "full"), ("flex_attention", "sdpa"), OBJECTIVES
-    ):
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # TRL's trainer refuses a process that sees several
+    rate, results = matmul_rate("cuda"), {}
+    torch.cuda.empty_cache()
+    for name, tuning, attention, objective in product(args.lengths, args.tunings, args.attentions, args.objectives):
         title = f"{name}, {tuning}, {attention}, {objective}"
         spec = json.dumps([tuning, attention, objective, name, args.pairs, args.steps])
         done = subprocess.run([sys.executable, __file__, spec], stdout=subprocess.PIPE, text=True)
         failed = {"failed": f"failed with exit code {done.returncode}"}
         results[title] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed
-        print(title, results[title], flush=True)
-        if args.trl and (attention, objective) == ("sdpa", "dpo stored") and "failed" not in results[title]:
-            beside = trl(python, {}, tuning, name, "cuda", args, results[title])
-            title = f"{name}, {tuning}, sdpa, dpo stored, TRL {beside.get('device_batch', '')}"
-            results[title] = beside
-            print(title, beside, flush=True)
-    device = torch.cuda.get_device_name()
-    rate, peak = matmul_rate("cuda"), PEAK.get(device)
-    text = (
-        f"# Training steps of a 7B model on one {device}\n\n"
-        f"`python benchmarks/gpu.py`, torch {torch.__version__}; {args.pairs} pairs a step, {args.steps} steps "
-        f"(pairs/s by their median). TRL's lines end with its per-device batch. "
-        f"A bf16 matrix product runs at {rate / 1e12:.0f} TFLOP/s here; MFU is against "
-        f"{f'{peak / 1e12:.0f} TFLOP/s' if peak else 'a peak that this script does not know'}. Every token is counted "
-        "once; recomputation and a reference's forward are not counted.\n\n"
-        + table(results, rate, peak)
-        + "\n\n"
-        + "".join(f"- {name}: {describe(name)}\n" for name in args.lengths)
-    )
-    print(text)
-    if args.save:
-        Path(f"{args.save}.md").write_text(text)
-        Path(f"{args.save}.json").write_text(json.dumps(results, indent=1) + "\n")
+        report(results, rate, args)
+    if not args.trl:
+        return
+    try:
+        python = args.trl_python or trl_environment()
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"error: TRL cannot be installed ({error}); its lines are missing from the table") from None
+    for name, tuning in product(args.lengths, args.tunings):
+        ours = results.get(f"{name}, {tuning}, sdpa, dpo stored", {})
+        beside = trl(python, {}, tuning, name, "cuda", args, ours)
+        results[f"{name}, {tuning}, sdpa, dpo stored, TRL {beside.get('device_batch', '')}"] = beside
+        report(results, rate, args)
 
 
 def line(spec: str) -> None:

@@ -103,7 +103,7 @@ def side(variant: str, steps: int) -> None:
     most = rows_of.get(variant, common.row_tokens(model, 8192))
     run = model
     if variant == "checkpointing":
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable({"use_reentrant": False})
     elif variant == "eager attention":
         model.set_attn_implementation("eager")
     elif variant == "torch.compile":
@@ -119,11 +119,11 @@ def side(variant: str, steps: int) -> None:
             attend_by_pair(batch, model.config)
             model.config._attn_implementation = "by pair"
             inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1), "logits_to_keep": batch.logit_positions}
-            logits = run(**inputs, use_cache=False).logits[0]
+            logits = run(**inputs, use_cache=False).logits.squeeze(0)
             return common.sum_responses(common.token_logps(logits, batch.targets), batch)
         if variant == "head everywhere":
             inputs["attention_mask"] = common.attention_mask(model.config, batch, model.dtype)
-            logits = run(**inputs, use_cache=False).logits[0, batch.logit_positions]
+            logits = run(**inputs, use_cache=False).logits.squeeze(0)[batch.logit_positions]
             return common.sum_responses(common.token_logps(logits, batch.targets), batch)
         if variant == "softmax at once":
             logits = common.response_logits(run, batch)

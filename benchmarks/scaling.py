@@ -4,7 +4,7 @@ one long row.
     python benchmarks/scaling.py        (two CPU cores, about four minutes)
 
 On a CPU, or under sdpa elsewhere, attention over a row costs its length squared, so the scripts cut a micro-batch into
-rows of bounded length (common.row_tokens). The time of a token then stays the same however many are given to a device.
+rows of bounded length (common.row_tokens), run one after the other.
 """
 
 import sys

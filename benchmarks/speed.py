@@ -12,6 +12,7 @@ or saving. This repo's time includes collating its batches, TRL's does not.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -47,7 +48,7 @@ class Args:
     tokens_per_device: int = 8192
     """This repo's bound on a micro-batch, at the scripts' default"""
     trl_batches: tuple[int, ...] = (1, 2, 4, 8)
-    """TRL's per-device batches to choose the fastest from, ascending; accumulated to --pairs"""
+    """TRL's per-device batches to choose the fastest from, ascending divisors of --pairs, to which they accumulate"""
     trl_python: str = ""
     """A Python with TRL; empty: make a virtual environment with the pinned versions"""
     save: str = ""
@@ -147,29 +148,41 @@ def plain_logps(model, pairs: list[dict]) -> list[float]:
     return sums
 
 
-def fastest_trl(python: str, args: Args, spec: dict) -> tuple[Side, dict]:
-    """TRL at its fastest per-device batch, CHOOSING steps in, and the seconds a step at every batch that was tried."""
-    best, tried = None, {}
+def out_of_memory(failure: Failed) -> bool:
+    return any(words in str(failure) for words in ("out of memory", "can't allocate memory", "MemoryError"))
+
+
+def fastest_trl(python: str, args: Args, spec: dict) -> tuple[Side, int, dict]:
+    """TRL at its fastest per-device batch, CHOOSING steps in, that batch, and seconds a step at all that were tried."""
+    first, tried = None, {}
     for device_batch in args.trl_batches:
-        side = None
+        # The smallest is mostly the fastest and stays; the others are given no more pairs than choosing takes.
+        own = spec | {"steps": CHOOSING} if first else spec
         try:
-            side = Side(python, "trl_side.py", device_batch=device_batch, **spec)
-            seconds = min([side.step()["seconds"] for _ in range(CHOOSING)][1:])
+            side = Side(python, "trl_side.py", device_batch=device_batch, **own)
+            steps = [side.step()["seconds"] for _ in range(CHOOSING - 1)]
+            if steps[-1] < SLOWER * min(tried.values(), default=math.inf):
+                steps.append(side.step()["seconds"])
+            seconds = min(steps[1:])
         except Failed as failure:
-            if side is None and best is None or "memory" not in str(failure):
+            if not first or not out_of_memory(failure):
                 raise
             tried[device_batch] = None
             break
         tried[device_batch] = seconds
-        if best is None or seconds < tried[best.device_batch]:
-            if best is not None:
-                best.end()
-            best, best.device_batch = side, device_batch
-        else:
+        if first:
             side.end()
-            if seconds > SLOWER * tried[best.device_batch]:
-                break
-    return best, tried
+        first = first or side
+        if seconds > SLOWER * min(tried.values()):
+            break
+    fastest = min(filter(tried.get, tried), key=tried.get)
+    if fastest == args.trl_batches[0]:
+        return first, fastest, tried
+    first.end()
+    side = Side(python, "trl_side.py", device_batch=fastest, **spec)
+    for _ in range(CHOOSING):
+        side.step()
+    return side, fastest, tried
 
 
 def measure(name: str, python: str, model, args: Args) -> dict:
@@ -179,7 +192,7 @@ def measure(name: str, python: str, model, args: Args) -> dict:
     ours = Side(sys.executable, "our_side.py", tokens_per_device=args.tokens_per_device, **spec)
     for _ in range(CHOOSING):  # so that both sides go on with the same pairs
         ours.step()
-    trl, tried = fastest_trl(python, args, spec)
+    trl, device_batch, tried = fastest_trl(python, args, spec)
     steps, rates = {"ours": [], "trl": []}, []
     for _ in tqdm(range(args.rounds), desc=name):
         rates.append(matmul_rate())
@@ -192,7 +205,7 @@ def measure(name: str, python: str, model, args: Args) -> dict:
     plain = plain_logps(model, make_pairs(name, args.pairs))
     result = {
         "lengths": describe(name),
-        "trl_device_batch": trl.device_batch,
+        "trl_device_batch": device_batch,
         "trl_seconds_by_device_batch": tried,
         "row_tokens": ours.ready["row_tokens"],
         "matmul_flops": median(rates),

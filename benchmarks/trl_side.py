@@ -1,10 +1,11 @@
-"""TRL's side of speed.py: DPOTrainer with stored reference log-probs, and nothing that costs time but the training."""
+"""TRL's side of speed.py and gpu.py: DPOTrainer with stored reference log-probs, without logging or saving."""
 
 import json
 import sys
 import tempfile
 from importlib.metadata import version
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from sides import BETA, LEARNING_RATE, MAX_GRAD_NORM, Line, make_mistral, make_model, make_pairs, peak_bytes
@@ -41,6 +42,7 @@ def main(
     device="cpu",
 ) -> None:
     """speed.py's small Llama on the CPU; with a tuning ("lora" or "full"), gpu.py's Mistral on the device."""
+    assert batch_size % device_batch == 0, f"{device_batch} pairs a device do not divide a step of {batch_size}"
     line = Line()
     dataset = Dataset.from_list(make_pairs(name, batch_size * steps))
     model = make_mistral(config, tuning == "lora", "sdpa", device) if tuning else make_model()
@@ -81,6 +83,8 @@ def main(
         versions = {name: version(name) for name in ("torch", "transformers", "accelerate", "trl")}
         stored = trainer.train_dataset[:batch_size]
         logps = [sums for pair in zip(stored["ref_chosen_logps"], stored["ref_rejected_logps"]) for sums in pair]
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         line.say(before=before, logps=logps, versions=versions)
         trainer.train()
         line.wait()  # keeps its memory until it is sent away

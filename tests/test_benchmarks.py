@@ -38,13 +38,20 @@ def test_trl_takes_the_same_steps(tuning):
     ours = gpu.side(SHAPE, tuning, "sdpa", "dpo stored", "hh", "cpu", args)
     found = gpu.trl(sys.executable, SHAPE, tuning, "hh", "cpu", args, ours)
     assert found["off"] < 1e-3 and found["device_batch"] in (1, 2) and len(found["seconds"]) == 1
-    assert "TRL" in gpu.table({"TRL": found}, rate=1e12, peak=1e13)
+    assert "| TRL |" in gpu.table({"TRL": found}, rate=1e12, peak=1e13)
+
+
+def test_trl_that_fails_is_a_line_of_the_table():
+    args = gpu.Args(pairs=4, steps=1, trl_batches=(3, 4))  # 3 does not divide 4
+    found = gpu.trl(sys.executable, SHAPE, "lora", "hh", "cpu", args, {})
+    assert "3 pairs a device do not divide a step of 4" in found["failed"] or "No module named 'trl'" in found["failed"]
+    assert found["failed"] in gpu.table({"TRL": found}, rate=1e12, peak=None)
 
 
 def test_operations_are_those_that_torch_counts():
     """Linear layers and the head of one unshared forward and backward; attention is left to the formula's last term."""
     model = gpu.make_model(SHAPE, "full", "sdpa", "cpu")
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     config, row = model.config, make_pairs("hh", 1)[0]
     prompt, response = len(row["prompt_ids"]), len(row["chosen_ids"])
     ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"][:-1]])

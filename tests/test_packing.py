@@ -97,17 +97,24 @@ def test_chunks(chunk):
 
 
 def test_the_gradient_takes_the_place_of_the_logits():
-    """No second tensor of their size; and who would use the overwritten logits again gets an error, not a number."""
+    """No second tensor of their size, all the way to the head; who would use the logits again gets an error."""
+    model, seen = tiny.model(), {}
+    model.lm_head.register_forward_hook(lambda _module, _inputs, logits: seen.update(logits=logits))
+    model.lm_head.register_full_backward_hook(lambda _module, _inputs, slopes: seen.update(slope=slopes[0]))
+    chosen, rejected = common.response_logps(model, common.collate(tiny.pair_rows()))
+    (chosen - rejected).sum().backward()
+    assert seen["slope"].data_ptr() == seen["logits"].data_ptr()
+
     scores = torch.randn(30, 11, requires_grad=True)
-    logits = scores * 1
-    total = common.token_logps(logits, torch.randint(0, 11, (30,))).sum()
-    (slope,) = torch.autograd.grad(total, logits, retain_graph=True)
-    assert slope.data_ptr() == logits.data_ptr()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        torch.autograd.grad(total, logits)
-    squared = logits.square().sum()  # needs the logits in its own backward pass
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        (squared + common.token_logps(logits, torch.randint(0, 11, (30,))).sum()).backward()
+    for also in (
+        lambda logits: logits.square().sum(),
+        lambda logits: 0,
+    ):  # needs the logits in its backward pass, or not
+        logits = scores * 1
+        total = common.token_logps(logits, torch.randint(0, 11, (30,))).sum() + also(logits)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(total, logits, retain_graph=True)
+            torch.autograd.grad(total, logits)
 
 
 @pytest.mark.parametrize("family", [*PACKABLE, "bloom", "mamba"])
