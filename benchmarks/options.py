@@ -1,6 +1,6 @@
 """What each way to make the training step faster is worth: the scripts' step with one thing changed, in one run.
 
-    python benchmarks/options.py        (two CPU cores, about twelve minutes)
+    python benchmarks/options.py        (two CPU cores, about eight minutes)
 
 Each variant runs in a process of its own, in turns with one that takes the step as it is shipped, on the same pairs of
 HH-RLHF's lengths; a ratio is the median over the turns.

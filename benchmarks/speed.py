@@ -1,6 +1,6 @@
 """Training speed and memory of this repo beside TRL's DPOTrainer: same model, same pairs, same run, in alternation.
 
-    python benchmarks/speed.py                         # all four length distributions; about 15 minutes on two cores
+    python benchmarks/speed.py                         # all four length distributions; about 14 minutes on two cores
     python benchmarks/speed.py --lengths hh --rounds 5
     python benchmarks/speed.py --save benchmarks/results/cpu
 
@@ -274,7 +274,7 @@ median over steps that both sides took on the same pairs, with the smallest and 
   2048 x 2048 float32 product measured between the steps.
 - Log-probs off by: largest difference of a response's summed log-prob from one plain forward per sequence, over
   {responses} responses; in the ratio's row, between the two sides.
-- TRL's pairs/s by per-device batch, the faster of two steps each; larger ones are left out once they get slower:
+- TRL's pairs/s by per-device batch, the faster of two steps, or one that was slow; larger ones are left out then:
 {tried}
 - The lengths are synthetic (log-normal, fixed seed, in the shape of the data sets they are named after):
 {lengths}
