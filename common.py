@@ -598,11 +598,16 @@ def load_frozen(name: str, args, accelerator: Accelerator):
     all_bf16 = args.lora_rank or accelerator.distributed_type == DistributedType.FSDP
     options = {"dtype": frozen_type(accelerator) if all_bf16 else torch.float32}
     model = from_hub(AutoModelForCausalLM, name, args, **options, attn_implementation=args.attn_implementation or None)
+    return freeze(model, frozen_type(accelerator)).to(accelerator.device)
+
+
+def freeze(model, dtype: torch.dtype):
+    """Linear layers in dtype, as autocast would have them at every call; what it leaves in float32 stays so."""
     embeddings = model.get_input_embeddings().weight
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
-            module.to(frozen_type(accelerator))
-    return model.requires_grad_(False).eval().to(accelerator.device)
+            module.to(dtype)
+    return model.requires_grad_(False).eval()
 
 
 def frozen_type(accelerator: Accelerator) -> torch.dtype:

@@ -32,7 +32,7 @@ import torch
 import tyro
 from lengths import describe
 from peft import LoraConfig, get_peft_model
-from sides import BETA, make_mistral, make_pairs, peak_bytes, stored_dpo_losses, wait_for_device
+from sides import BETA, LORA, make_mistral, make_pairs, peak_bytes, stored_dpo_losses, wait_for_device
 from speed import CHOOSING, SLOWER, Failed, Side, out_of_memory, trl_environment
 from torch.nn.functional import logsigmoid
 
@@ -74,23 +74,17 @@ def make_model(config: dict, tuning: str, attention: str, device: str):
     """The policy with random weights, in the types that common.load_model would give it."""
     model = make_mistral(config, tuning == "lora", attention, device)
     if tuning == "lora":
-        return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+        return get_peft_model(model, LoraConfig(**LORA))
     model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def frozen_copy(model, config: dict, tuning: str, device: str):
-    """The live reference: under LoRA the model itself, else a second one in the types of common.load_frozen, which are
-    bf16 for linear layers and float32 for embeddings and norms.
-    """
+    """The live reference: under LoRA the model itself, else a second one as common.load_frozen has it."""
     if tuning == "lora":
         return model
     copy = make_mistral(config, False, model.config._attn_implementation, device)
-    if device == "cuda":
-        for module in copy.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.to(torch.bfloat16)
-    return copy.requires_grad_(False).eval()
+    return common.freeze(copy, torch.bfloat16 if device == "cuda" else torch.float32)
 
 
 def step_flops(model, tuning: str, rows: list[dict]) -> float:

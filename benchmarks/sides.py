@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 
 VOCABULARY = 32_000
 LEARNING_RATE, BETA, MAX_GRAD_NORM = 1e-6, 0.1, 1.0
+LORA = {"r": 16, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
 def make_model() -> LlamaForCausalLM:

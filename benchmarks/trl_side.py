@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from sides import BETA, LEARNING_RATE, MAX_GRAD_NORM, Line, make_mistral, make_model, make_pairs, peak_bytes
+from sides import BETA, LEARNING_RATE, LORA, MAX_GRAD_NORM, Line, make_mistral, make_model, make_pairs, peak_bytes
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import DPOConfig, DPOTrainer
@@ -39,7 +39,7 @@ def main(
     device_batch: int,
     tuning: str = "",
     config: dict | None = None,
-    device="cpu",
+    device: str = "cpu",
 ) -> None:
     """speed.py's small Llama on the CPU; with a tuning ("lora" or "full"), gpu.py's Mistral on the device."""
     assert batch_size % device_batch == 0, f"{device_batch} pairs a device do not divide a step of {batch_size}"
@@ -71,7 +71,7 @@ def main(
             report_to="none",
             disable_tqdm=True,
         )
-        lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM") if tuning == "lora" else None
+        lora = LoraConfig(**LORA) if tuning == "lora" else None
         trainer = OnTokenIds(
             model,
             args=args,

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+import speed  # noqa: E402
 import steps  # noqa: E402
-from sides import VOCABULARY, make_pairs  # noqa: E402
+from sides import BETA, VOCABULARY, make_pairs, stored_dpo_losses  # noqa: E402
 
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -75,6 +76,46 @@ def test_operations_are_those_that_torch_counts():
 def test_steps_takes_as_many_turns_as_asked_for():
     found = steps.measure(("dgpo",), turns=steps.TURNS + 2)
     assert len(found["dgpo"][0]) == steps.TURNS + 2 and found["dgpo"][1] > 1e8
+
+
+def test_stored_reference_is_the_policy_itself():
+    """However long a response is, the loss is that of a first step: no gradient fades to a denormal number."""
+    chosen, rejected = torch.tensor([-10.0, -3000.0], requires_grad=True), torch.tensor([-2000.0, -5.0])
+    losses = stored_dpo_losses(chosen, rejected)
+    torch.testing.assert_close(losses.detach(), torch.full((2,), 2.0).log())
+    (slope,) = torch.autograd.grad(losses.sum(), chosen)
+    torch.testing.assert_close(slope, torch.full((2,), -BETA / 2))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen", "tried"),
+    [
+        ({1: 2.0, 2: 2.2, 4: 3.0, 8: 1.0}, 1, [1, 2, 4]),  # 4 is so slow that 8 is not tried
+        ({1: 2.0, 2: 1.5, 4: 1.6, 8: 1.7}, 2, [1, 2, 4, 8]),
+        ({1: 2.0, 2: None}, 1, [1, 2]),  # out of memory
+    ],
+)
+def test_trl_at_its_fastest_batch(monkeypatch, seconds, chosen, tried):
+    """The side that is handed on is of the fastest batch, has all its pairs, and is as many steps in as the other."""
+
+    class Fake:
+        def __init__(self, _python, _script, device_batch, steps):
+            self.device_batch, self.steps, self.taken, self.open = device_batch, steps, 0, True
+
+        def step(self):
+            if seconds[self.device_batch] is None:
+                raise speed.Failed("DefaultCPUAllocator: can't allocate memory")
+            self.taken += 1
+            return {"seconds": seconds[self.device_batch] + 9 * (self.taken == 1)}  # the first step warms up
+
+        def end(self):
+            self.open = False
+
+    monkeypatch.setattr(speed, "Side", Fake)
+    side, batch, found = speed.fastest_trl("python", speed.Args(), {"steps": 6})
+    assert (batch, list(found)) == (chosen, tried)
+    assert (side.device_batch, side.steps, side.taken, side.open) == (chosen, 6, speed.CHOOSING, True)
+    assert {one: found[one] for one in tried} == {one: seconds[one] for one in tried}
 
 
 def test_no_gpu_is_said():

@@ -326,3 +326,14 @@ def test_deltas_start_at_zero(lora_rank, base, data, whole, tmp_path):
 def hdpo_start(row):
     """-log s(x) ~ log 2 - x / 2 for the mean margin x, which is small: alpha is 0.95."""
     return torch.tensor(2.0).log().item() - row["eval/rewards/margin"] / 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_model_keeps_what_autocast_keeps(tied):
+    """On a GPU: linear layers in bf16, but embeddings (a tied head with them) and norms in float32."""
+    model = common.freeze(tiny.model(dtype=torch.float32, tie_word_embeddings=tied).train(), torch.bfloat16)
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    narrow = {name for name, kind in kinds.items() if kind == torch.bfloat16}
+    assert narrow == {name for name in kinds if "_proj" in name or name == "lm_head.weight"}
+    assert (model.lm_head.weight.dtype == torch.float32) == tied and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
