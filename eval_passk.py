@@ -47,9 +47,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import sandbox
 from common import encode, fail
-from eval_grading import cut, find_gsm8k, find_math, grade_gsm8k, grade_math, normal_math, read_number
+from grading import sandbox
+from grading.answers import cut, find_gsm8k, find_math, grade_gsm8k, grade_math, normal_math, read_number
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Args:
 
     # Grading and metrics
     allow_code_execution: bool = False
-    """HumanEval only: run the programs that the model wrote, inside sandbox.py (ours)"""
+    """HumanEval only: run the programs that the model wrote, inside grading/sandbox.py (ours)"""
     timeout: float = 3.0
     """Seconds for one program (human-eval)"""
     ks: tuple[int, ...] = ()
@@ -545,13 +545,13 @@ def sample_all(args, accelerator, directory, problems, prompts, runs, tokenizer,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# grading: how answers are read and compared is in eval_grading.py, how programs are run in sandbox.py
+# grading: how answers are read and compared is in grading/answers.py, how programs are run in grading/sandbox.py
 
 _sandboxes = threading.local()
 
 
 def run_humaneval(problem: dict, completion: str, timeout: float = 3.0) -> bool:
-    """True where the prompt with this completion passes the problem's check. It is run: see sandbox.py.
+    """True where the prompt with this completion passes the problem's check. It is run: see grading/sandbox.py.
 
     A sandbox that fails says nothing about the sample: it is tried again, then SandboxError is raised.
     """
@@ -957,7 +957,7 @@ def check_args(args: Args) -> list[int]:
     if args.task == "humaneval" and not args.allow_code_execution:
         fail(
             "humaneval runs programs that a model wrote, in processes without files, network or environment "
-            "(sandbox.py), on this machine; say --allow-code-execution if that is what you want"
+            "(grading/sandbox.py), on this machine; say --allow-code-execution if that is what you want"
         )
     if args.task not in HUB and not args.task.endswith((".jsonl", ".jsonl.gz")):
         fail(f"--task {args.task}: not gsm8k, math or humaneval, nor a .jsonl file")

@@ -123,7 +123,7 @@ def test_links_and_files(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if not re.match(r"https?:|mailto:|#", target):
             assert (path.parent / target.split("#")[0]).exists(), f"{path.name} links to {target}"
-    folders = "toy|docs|configs|tests|benchmarks|experiments"
+    folders = "grading|toy|docs|configs|tests|benchmarks|experiments"
     for name in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w|\w+\.py)\b", text):
         made = name.startswith("benchmarks/results") or not (tiny.ROOT / name.split("/")[0]).exists()
         assert made and "/" in name or (tiny.ROOT / name).exists(), f"{path.name} names {name}"

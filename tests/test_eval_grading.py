@@ -11,8 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import eval_grading  # noqa: E402
 from eval_passk import find_gsm8k, find_math, grade_gsm8k, grade_math  # noqa: E402
+from grading import answers  # noqa: E402
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -263,7 +263,7 @@ def test_the_worker_refuses_eval(tmp_path):
     import inspect
     import subprocess
 
-    source = inspect.getsource(eval_grading.math_worker)
+    source = inspect.getsource(answers.math_worker)
     source = source.replace("answer = equal(*json.loads(line))", "answer = bool(eval(json.loads(line)[0]))")
     run = subprocess.run(
         [sys.executable, "-c", source + "\nmath_worker()\n"], input=b'["1+1", ""]\n', capture_output=True, timeout=60

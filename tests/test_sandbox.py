@@ -15,8 +15,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import sandbox  # noqa: E402
-from sandbox import Sandbox, layers, pack, unpack  # noqa: E402
+from grading import sandbox  # noqa: E402
+from grading.sandbox import Sandbox, layers, pack, unpack  # noqa: E402
 
 HUMANEVAL = Path(__file__).parents[2] / "shared" / "data" / "HumanEval.jsonl.gz"
 SECRET = "hidden-expected-value"
