@@ -22,9 +22,14 @@ On the toy (two CPU cores), on one GPU, on eight:
     accelerate launch --config_file configs/ddp.yaml dpl.py --model mistralai/Mistral-7B-Instruct-v0.2
 """
 
+import contextlib
+import json
 import math
 import os
+import shutil
+import tempfile
 import time
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,98 +37,64 @@ from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # CPU threads that spin while they wait slow each other down
 
+import matplotlib.pyplot as plt
 import torch
+import torch.distributed.checkpoint as dcp
 import tyro
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
-from transformers import AutoTokenizer, get_scheduler
+from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import common
-from common import collate, fail, load_preferences, micro_batches, response_logps, step_pairs
+from common import collate, fail, failing, load_preferences, micro_batches, reference_logps, response_logps
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is on one device, at checkpoints
 
 
 @dataclass
 class Args:
     # Model and data
-    model: str = "mistralai/Mistral-7B-Instruct-v0.2"
-    """Model to train: a name on the hub or a directory (App. B.3)"""
-    dataset: str = "Anthropic/hh-rlhf"
-    """Preference pairs: a name on the hub, or a .json, .jsonl or .parquet file (App. B.3)"""
-    train_split: str = "train"
-    """Split of a hub data set to train on"""
-    eval_dataset: str = ""
-    """Pairs for evaluation; empty: --eval-split of a --dataset on the hub, none beside a local file"""
-    eval_split: str = "test"
-    """Split of a hub data set to evaluate on"""
-    max_length: int = 512
-    """Tokens of prompt and response together (App. B.3)"""
-    max_prompt_length: int = 384
-    """Tokens that the prompt keeps, its last ones, where a pair is longer than max_length (not in the paper)"""
+    model: str = "mistralai/Mistral-7B-Instruct-v0.2"  # Model to train: on the hub or a directory (App. B.3)
+    dataset: str = "Anthropic/hh-rlhf"  # Pairs: hub, .json, .jsonl or .parquet (App. B.3)
+    train_split: str = "train"  # Split of a hub data set to train on
+    eval_dataset: str = ""  # Pairs for evaluation; empty: --eval-split of the same hub data set
+    eval_split: str = "test"  # Split of a hub data set to evaluate on
+    max_length: int = 512  # Tokens of prompt and response together (App. B.3)
+    max_prompt_length: int = 384  # Last tokens that the prompt of a longer pair keeps (not in the paper)
 
     # ALGO: begin
-    alpha: float = 0.12
-    """Weight of the entropy (the paper sweeps alpha / beta = 1, 1.1, 1.2, 1.3, 1.5, 2, 4 and 11, App. B.3)"""
-    beta: float = 0.1
-    """Weight of the cross-entropy to the reference (App. B.3)"""
-    ref_model: str = ""
-    """Reference policy; empty: the model before training"""
+    alpha: float = 0.12  # Weight of the entropy (App. B.3 sweeps alpha / beta = 1, 1.1, 1.2, 1.3, 1.5, 2, 4 and 11)
+    beta: float = 0.1  # Weight of the cross-entropy to the reference (App. B.3)
+    ref_model: str = ""  # Reference policy; empty: the model before training
     # ALGO: end
 
     # Optimisation
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"
-    """AdamW (not in the paper)"""
-    lr: float = 1e-5
-    """Peak learning rate (App. B.3)"""
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """Learning rate after the warm-up (not in the paper)"""
-    warmup: float = 150
-    """Linear warm-up: a share of all steps if below 1, else steps (App. B.3)"""
-    weight_decay: float = 0.0
-    """Weight decay (transformers' default)"""
-    max_grad_norm: float = 1.0
-    """Norm to which the gradient is clipped (transformers' default)"""
-    batch_size: int = 8
-    """Pairs per optimizer step, over all processes (App. B.3)"""
-    epochs: int = 1
-    """Passes over the pairs, where --steps is 0"""
-    steps: int = 5000
-    """Optimizer steps; 0: as many as --epochs gives (App. B.3)"""
-    seed: int = 0
-    """Seed of the shuffle, of LoRA's initial weights and of its dropout"""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"  # AdamW without weight decay (not in the paper)
+    lr: float = 1e-5  # Peak learning rate (App. B.3)
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"  # After warm-up (not in the paper)
+    warmup: float = 150  # Linear warm-up: a share of all steps if below 1, else steps (App. B.3)
+    max_grad_norm: float = 1.0  # Norm to which the gradient is clipped (transformers' default)
+    batch_size: int = 8  # Pairs per optimizer step, over all processes (App. B.3)
+    epochs: int = 1  # Passes over the pairs
+    steps: int = 5000  # Optimizer steps; 0: as many as --epochs gives (App. B.3)
+    seed: int = 0  # Seed of the shuffle, and of LoRA's initial weights and dropout
+    lora_rank: int = 16  # Rank of adapters on all linear layers, at scale 1; 0: train all weights (App. B.3)
+    lora_dropout: float = 0.05  # Dropout of the adapters' input (App. B.3)
 
-    # LoRA
-    lora_rank: int = 16
-    """Rank of the adapters on all linear layers; 0: train all weights (App. B.3)"""
-    lora_alpha: float = 16
-    """Scale of the adapters, times 1/rank (App. B.3)"""
-    lora_dropout: float = 0.05
-    """Dropout of the adapters' input (App. B.3)"""
-
-    # Hardware
-    tokens_per_device: int = 8192
-    """Most tokens in a micro-batch (and 0.75 x hidden size, but under flex_attention); the result does not change"""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass: less memory, a third more time"""
-    attn_implementation: Literal["", "sdpa", "eager", "flex_attention"] = ""
-    """How attention is computed; empty: transformers' choice for the model"""
-
-    # Bookkeeping
-    output_dir: str = "runs/dpl"
-    """Where args.json, metrics.jsonl, curves.png, checkpoints/ and model/ go"""
-    eval_every: int = 500
-    """Steps between evaluations, besides the ones at the start and at the end"""
-    save_every: int = 500
-    """Steps between checkpoints, besides the ones after the first and the last step"""
-    resume: bool = False
-    """Continue the run in --output-dir from its last checkpoint"""
-    overwrite: bool = False
-    """Delete the run in --output-dir first"""
-    track: Literal["", "tensorboard", "wandb"] = ""
-    """Also log to this tracker"""
-    trust_remote_code: bool = False
-    """Run code that comes with the model"""
+    # The run
+    tokens_per_device: int = 8192  # Most tokens in a micro-batch; the result does not change
+    gradient_checkpointing: bool = False  # Less memory, a third more time
+    output_dir: str = "runs/dpl"  # Where args.json, metrics.jsonl, curves.png, checkpoints/ and model/ go
+    eval_every: int = 500  # Steps between evaluations, besides the first and the last one
+    save_every: int = 500  # Steps between checkpoints, besides the ones after the first and the last step
+    resume: bool = False  # Continue the run in --output-dir from its last checkpoint
+    overwrite: bool = False  # Delete the run in --output-dir first
+    track: Literal["", "tensorboard", "wandb"] = ""  # Also log to this tracker
 
 
 # ALGO: begin
@@ -157,174 +128,298 @@ def forward(model, batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     }
 
 
+MAY_BE_ZERO = {"steps", "warmup", "seed", "lora_rank", "lora_dropout"}
 PANELS = [
-    ("loss",),
-    ("logps/chosen", "logps/rejected"),
-    ("logps/chosen_delta", "logps/rejected_delta"),
-    ("rewards/accuracy",),
-    ("rewards/margin",),
-    ("grad_norm",),
+    "loss",
+    "logps/chosen logps/rejected",
+    "logps/chosen_delta logps/rejected_delta",
+    "rewards/accuracy",
+    "rewards/margin",
+    "grad_norm",
 ]
 # ALGO: end
 
 
-def global_means(sums: dict[str, Tensor], count: int, accelerator: Accelerator) -> dict[str, float]:
-    """Sums over this process's pairs -> means over the `count` pairs of all processes; waits for the device once."""
-    values = accelerator.reduce(torch.stack([value.double() for value in sums.values()]))
-    return {name: value / count for name, value in zip(sums, values.tolist())}
+# In the order in which they are deleted: args.json, without which a folder is no run, comes last.
+RUN = ("metrics.jsonl", "curves.png", "checkpoints", "model.writing", "model", "adapter", "reference", "args.json")
+MAY_DIFFER = {"output_dir", "resume", "overwrite", "tokens_per_device", "save_every", "track", "gradient_checkpointing"}
 
 
-@torch.no_grad()
-def evaluate(compute, model, dataset, row_tokens: int, accelerator: Accelerator) -> dict[str, float]:
-    """Means of the loss and of all metrics that `compute` gives over the evaluation pairs."""
-    model.eval()
-    sums = defaultdict(float)
-    pairs = list(range(len(dataset)))
-    plan = micro_batches(pairs, common.pair_lengths(dataset), row_tokens, accelerator.num_processes)
-    for indices in plan[accelerator.process_index]:
-        batch = collate([dataset[i] for i in indices or pairs[:1]]).to(accelerator.device)
-        losses, metrics = compute(batch)
-        for name, values in {"loss": losses, **metrics}.items():
-            sums[name] += values.sum() * bool(indices)
-    model.train()
-    return {f"eval/{name}": value for name, value in global_means(sums, len(dataset), accelerator).items()}
+def check_output_dir(args: Args) -> None:
+    """Refuse a directory in use, and a --resume whose flags change the result (all but MAY_DIFFER). Deletes nothing."""
+    folder = Path(args.output_dir)
+    with failing(f"cannot write to --output-dir {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    for name, value in vars(args).items():
+        source = Path(value) if isinstance(value, str) and value and name != "output_dir" else Path("/")
+        if source.exists() and source.resolve().is_relative_to(folder.resolve()):
+            fail(f"--{name.replace('_', '-')} {source} lies in --output-dir {folder}, which the run writes to")
+    taken = [name for name in RUN if (folder / name).exists()]
+    if taken and "args.json" not in taken:
+        fail(f"{folder} holds {', '.join(taken)} but no args.json, so it is no run: choose another --output-dir")
+    if taken and args.resume == args.overwrite:
+        fail(f"{folder} already holds a run: choose another --output-dir, --resume it or --overwrite it; choose one")
+    before = json.loads((folder / "args.json").read_text()) if taken and args.resume else {}
+    free = MAY_DIFFER - ({"tokens_per_device"} if args.lora_dropout else set())  # what is dropped depends on the rows
+    for name, now in vars(args).items():
+        if name in before and name not in free and now != before[name]:
+            fail(f"--resume with --{name.replace('_', '-')} {now}, but {folder} was started with {before[name]}")
+
+
+def plot_curves(path: Path, history: list[dict]) -> None:
+    """The metrics of PANELS over the steps: training as lines, evaluation as lines with dots."""
+    panels = [[key for name in names.split() for key in (name, f"eval/{name}")] for names in PANELS]
+    panels = [[key for key in keys if key in history[-1]] for keys in panels if {*keys} & {*history[-1]}]
+    figure, axes = plt.subplots(len(panels), figsize=(7, 2.5 * len(panels)), layout="tight")
+    for axis, keys in zip(axes, panels):
+        for key in keys:
+            points = [(row["step"], row[key]) for row in history if key in row]
+            axis.plot(*zip(*points), ".-" if key.startswith("eval/") else "-", label=key)
+        axis.legend()
+    figure.savefig(path)
+    plt.close(figure)
 
 
 def main(args: Args) -> None:
-    common.check_args(args)
-    accelerator = common.start_accelerator(args)
-    # ALGO: begin
-    for name in ("alpha", "beta"):
-        if not getattr(args, name) > 0:
-            fail(f"--{name} {getattr(args, name)}: expected a number above 0")
-    # ALGO: end
-    common.check_run(args, accelerator)
+    # What can be found wrong before anything is loaded: flags, devices, the output directory
+    for name, value in vars(args).items():
+        if not (isinstance(value, str | bool) or 0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
+            expected = "0 or more" if name in MAY_BE_ZERO else "a number above 0"
+            fail(f"--{name.replace('_', '-')} {value}: expected {expected}")
+    if args.lora_dropout >= 1:
+        fail(f"--lora-dropout {args.lora_dropout}: expected less than 1")
+    if args.max_prompt_length >= args.max_length:
+        fail(f"--max-prompt-length {args.max_prompt_length} leaves no room in --max-length {args.max_length}")
+    for engine in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            fail(f"{engine} is not supported: launch with configs/ddp.yaml, or configs/fsdp2.yaml to shard the model")
+    with failing("cannot start"):
+        # bf16 autocast is response_logps' own. Without cpu=True two processes on CPUs would each believe to be alone.
+        cpu, trackers = not torch.cuda.is_available(), {"log_with": args.track or None, "project_dir": args.output_dir}
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", **trackers)
+    fsdp, main_process = accelerator.distributed_type == "FSDP", accelerator.is_main_process
+    if args.track and not accelerator.log_with:
+        fail(f"--track {args.track}: it is not installed; pip install {args.track}")
+    if fsdp and not accelerator.is_fsdp2:
+        fail("FSDP version 1 is not supported: set fsdp_version: 2, as in configs/fsdp2.yaml")
+    if fsdp:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    if args.batch_size % accelerator.num_processes:
+        fail(f"--batch-size {args.batch_size} cannot be divided by {accelerator.num_processes} processes")
+    check_output_dir(args)
 
     # Data, and how it falls into steps. Everything below that is random is a function of the seed and the step.
-    tokenizer = common.from_hub(AutoTokenizer, args.model, args)
+    with failing(f"cannot load {args.model!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
     limits = args.max_length, args.max_prompt_length
     train_data = load_preferences(args.dataset, tokenizer, args.train_split, *limits)
-    eval_source = args.eval_dataset or ("" if common.is_file(args.dataset) else args.dataset)
+    eval_source = args.eval_dataset or ("" if Path(args.dataset).is_file() else args.dataset)
     eval_data = load_preferences(eval_source, tokenizer, args.eval_split, *limits) if eval_source else None
-    steps_per_epoch = len(train_data) // args.batch_size
+    steps_per_epoch, lengths = len(train_data) // args.batch_size, common.pair_lengths(train_data)
     if not steps_per_epoch:
         fail(f"--batch-size {args.batch_size} is more than the {len(train_data)} pairs of {args.dataset}")
     total_steps = args.steps or args.epochs * steps_per_epoch
-    lengths = common.pair_lengths(train_data)
 
-    # Model, optimizer, schedule
-    model = common.load_model(args, accelerator)
+    def step_pairs(step: int) -> list[int]:  # shuffled anew in each epoch, whose last incomplete batch is dropped
+        epoch, position = divmod(step, steps_per_epoch)
+        order = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
+        return order[position * args.batch_size :][: args.batch_size]
+
+    # Model. Trained weights are float32: a step of 5e-7 on a bf16 weight is lost in rounding. Weights that stay frozen
+    # under LoRA are bf16 on a GPU. The model's own dropout is off, so that policy and reference agree at step 0.
+    with failing(f"cannot load {args.model!r}"):
+        dtype = torch.bfloat16 if args.lora_rank and not cpu else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    for module in model.modules():
+        off = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
+        vars(module).update(dict.fromkeys(off + ["p"] * isinstance(module, torch.nn.Dropout), 0.0))
+    if args.lora_rank:
+        torch.manual_seed(args.seed)
+        lora = {"r": args.lora_rank, "lora_alpha": args.lora_rank, "lora_dropout": args.lora_dropout}
+        lora = LoraConfig(**lora, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if args.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    else:
-        # One parameter at a time: all at once, the square roots would be one more copy of the model.
-        optimizer = torch.optim.RMSprop(trained, lr=args.lr, weight_decay=args.weight_decay, foreach=False)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
+        optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
+    else:  # one parameter at a time: all at once, the square roots would be one more copy of the model
+        optimizer = torch.optim.RMSprop(trained, lr=args.lr, foreach=False)
+    model = accelerator.prepare(model, optimizer)[0].train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones
     warmup_steps = round(args.warmup * total_steps if args.warmup < 1 else args.warmup)
-    # Not prepared: a prepared schedule takes a step per process.
-    schedule = get_scheduler(args.schedule, optimizer.optimizer, warmup_steps, total_steps)
-    row_tokens = common.row_tokens(model, args.tokens_per_device)
+    schedule = get_scheduler(args.schedule, optimizer, warmup_steps, total_steps)  # a prepared one steps per process
     common.check_packing(model, train_data, accelerator.device)
-
     accelerator.print(
         f"model {args.model}: {sum(p.numel() for p in trained) / 1e6:,.2f}M trained parameters on "
         f"{accelerator.num_processes} x {accelerator.device.type}\n"
         f"{total_steps} steps of {args.batch_size} pairs, {steps_per_epoch} an epoch; the last "
         f"{len(train_data) % args.batch_size} pairs of an epoch's shuffle are left out\n"
-        f"rows of at most {row_tokens} tokens, {sum(lengths) / len(lengths):.0f} tokens a pair on average\n"
-        f"{common.show_pair(tokenizer, train_data[0])}"
+        f"{sum(lengths) / len(lengths):.0f} tokens a pair on average; first pair, as the model sees it"
     )
+    for name, ids in train_data[0].items():  # a doubled BOS or a missing end token shows here
+        text = repr(tokenizer.decode(ids))
+        text = text if len(text) < 200 else f"{text[:95]} ... {text[-95:]}"
+        accelerator.print(f"  {name[:-4]:<9}{len(ids):>5} tokens  {text}")
 
-    # Output directory, or the state of the run to resume
-    checkpoint = common.begin_run(args, accelerator)
-    state = {"step": 0, "data": common.data_fingerprint(train_data)}
+    # The output directory: a new run, or the last checkpoint of the one to resume
+    folder, data, quiet = Path(args.output_dir), common.fingerprint(train_data), not accelerator.is_local_main_process
+    checkpoints = sorted(folder.glob("checkpoints/step-*")) if args.resume else []
+    state = json.loads((checkpoints[-1] / "state.json").read_text()) if checkpoints else {"step": 0, "data": data}
+    if state["data"] != data:
+        fail(f"--resume: the pairs are not the ones that the run in {folder} was started with")
+    accelerator.wait_for_everyone()
+    if main_process:
+        unused = [*checkpoints[:-2], folder / "checkpoints" / "writing"]
+        for path in unused if checkpoints else [folder / name for name in RUN]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        (folder / "args.json.writing").write_text(json.dumps(vars(args), indent=2) + "\n")
+        os.replace(folder / "args.json.writing", folder / "args.json")
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers(folder.name, config=vars(args))
     # ALGO: begin
-    # The reference is the initial policy: run once over the pairs of this run, before the first update and before a
-    # checkpoint is loaded, so that no second model is ever held beside the policy.
-    used = sorted(
-        {i for step in range(total_steps) for i in step_pairs(step, len(train_data), args.batch_size, args.seed)}
-    )
-    train_data = common.add_reference(args, accelerator, model, train_data, used, "train")
-    if eval_data:
-        eval_data = common.add_reference(args, accelerator, model, eval_data, list(range(len(eval_data))), "eval")
-
     accelerator.print(f"global temperature alpha / beta = {args.alpha / args.beta:.4g}")
+    # The reference, the initial policy or --ref-model, runs over the run's pairs before a checkpoint is loaded.
+    reference = model
+    if args.ref_model:
+        with failing(f"cannot load {args.ref_model!r}"):
+            dtype = torch.bfloat16 if not cpu and (fsdp or args.lora_rank) else torch.float32
+            reference = AutoModelForCausalLM.from_pretrained(args.ref_model, dtype=dtype).to(accelerator.device)
+        common.check_packing(reference, train_data, accelerator.device)
+    kept, used = folder / "reference", sorted({pair for step in range(total_steps) for pair in step_pairs(step)})
+    train_data = reference_logps(reference, train_data, used, kept / "train.safetensors", args.tokens_per_device)
+    if eval_data:
+        pairs, path = list(range(len(eval_data))), kept / "eval.safetensors"
+        eval_data = reference_logps(reference, eval_data, pairs, path, args.tokens_per_device)
+    del reference
 
     def compute(batch):
         return forward(model, batch, args)
 
     # ALGO: end
-    if checkpoint:
-        state = common.load_checkpoint(args, checkpoint, model, optimizer.optimizer, state["data"])
-        schedule.load_state_dict(state["schedule"])
-    history = common.read_metrics(args, state["step"])
-    if not history:
-        start = evaluate(compute, model, eval_data, row_tokens, accelerator) if eval_data else {}
-        history = [{"step": 0, **start}]
-    common.write_metrics(args, accelerator, history)
 
-    progress = tqdm(
-        total=total_steps,
-        initial=state["step"],
-        desc=Path(__file__).stem,
-        disable=not accelerator.is_local_main_process,
-    )
+    def means(sums: dict[str, Tensor], count: int) -> dict[str, float]:  # over all processes; waits for the device once
+        values = accelerator.reduce(torch.stack([value.double() for value in sums.values()]))
+        return {name: value / count for name, value in zip(sums, values.tolist())}
+
+    @torch.no_grad()
+    def evaluate() -> dict[str, float]:  # means of the loss and of all metrics over the evaluation pairs
+        model.eval()
+        sums, pairs = defaultdict(float), list(range(len(eval_data)))
+        plan = micro_batches(pairs, common.pair_lengths(eval_data), args.tokens_per_device, accelerator.num_processes)
+        for indices in tqdm(plan[accelerator.process_index], "evaluation", leave=False, disable=quiet):
+            batch = collate([eval_data[i] for i in indices or pairs[:1]]).to(accelerator.device)
+            losses, metrics = compute(batch)
+            for name, values in {"loss": losses, **metrics}.items():
+                sums[name] += values.sum() * bool(indices)
+        model.train()
+        return {f"eval/{name}": value for name, value in means(sums, len(eval_data)).items()}
+
+    def log(row: dict[str, float]) -> None:
+        history.append(row)
+        if main_process:
+            print(json.dumps(row), file=metrics_file, flush=True)
+        accelerator.log(row, step=row["step"])
+
+    def training_state() -> dict:
+        """Trained weights (under LoRA the adapters; a tied head counts as trained to torch) and moments."""
+        weights, moments = dcp_state.get_state_dict(model, optimizer, options=trained_only)
+        weights = {name: value for name, value in weights.items() if "lora_" in name or not args.lora_rank}
+        return {"model_state_dict": weights, "optim_state_dict": moments}
+
+    trained_only = dcp_state.StateDictOptions(ignore_frozen_params=True, strict=False)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[: state["step"] + 1] if checkpoints else []
+    history = [json.loads(line) for line in lines]
+    if main_process:
+        metrics_file = (folder / "metrics.jsonl").open("a")
+        metrics_file.truncate(sum(map(len, lines)))  # without what a killed run wrote behind its last checkpoint
+    if checkpoints:
+        saved = training_state()
+        dcp.load(saved, checkpoint_id=checkpoints[-1], no_dist=accelerator.num_processes == 1)
+        dcp_state.set_state_dict(model, optimizer, **saved, options=trained_only)
+        schedule.load_state_dict(state["schedule"])
+    else:
+        log({"step": 0, **(evaluate() if eval_data else {})})
+
+    shown = ("loss", "logps/chosen", "logps/rejected", "rewards/accuracy")
+    begin, total = state["step"] * args.batch_size, total_steps * args.batch_size
+    progress = tqdm(desc=Path(__file__).stem, total=total, initial=begin, unit="pair", disable=quiet)
     for step in range(state["step"], total_steps):
         started = time.perf_counter()
         # For LoRA's dropout: a seed for each step and process, so that a resumed run drops the same.
         torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + accelerator.process_index)
-        pairs = step_pairs(step, len(train_data), args.batch_size, args.seed)
-        plan = micro_batches(pairs, lengths, row_tokens, accelerator.num_processes)[accelerator.process_index]
-        sums = defaultdict(float)
+        pairs = step_pairs(step)
+        plan = micro_batches(pairs, lengths, args.tokens_per_device, accelerator.num_processes)
+        plan, sums = plan[accelerator.process_index], defaultdict(float)
         # ALGO: begin
         for number, indices in enumerate(plan):
             batch = collate([train_data[i] for i in indices or pairs[:1]]).to(accelerator.device)
-            with common.gradient_sync(accelerator, model, last=number == len(plan) - 1):
+            # DDP exchanges gradients behind the last micro-batch only; FSDP behind each, to keep them sharded.
+            with accelerator.no_sync(model) if not fsdp and number < len(plan) - 1 else contextlib.nullcontext():
                 losses, metrics = compute(batch)
                 # Processes' gradients are averaged, so this is the mean over the global batch however it was split.
                 weight = bool(indices) * accelerator.num_processes / args.batch_size
                 (losses.sum() * weight).backward()
             for name, values in {"loss": losses, **metrics}.items():
                 sums[name] += values.detach().sum() * bool(indices)
-            sums["tokens"] += torch.tensor(batch.input_ids.numel() * bool(indices), device=accelerator.device)
+            progress.update(len(indices) * accelerator.num_processes)
         # ALGO: end
-        means = global_means(sums, args.batch_size, accelerator)
-        grad_norm = common.whole(accelerator.clip_grad_norm_(trained, args.max_grad_norm)).item()
-        if not math.isfinite(means["loss"] + grad_norm):
-            fail(
-                f"step {step + 1}: loss {means['loss']}, gradient norm {grad_norm}; stopped before the update. "
-                f"The last checkpoint in {args.output_dir} is good; a lower --lr may help"
-            )
+        row = {"step": step + 1, **means(sums, args.batch_size), "lr": schedule.get_last_lr()[0]}
+        row["grad_norm"] = accelerator.clip_grad_norm_(trained, args.max_grad_norm).item()
+        if not math.isfinite(row["loss"] + row["grad_norm"]):
+            fail(f"step {step + 1}: loss {row['loss']}, norm {row['grad_norm']}; stopped before the update: lower --lr")
         optimizer.step()
         optimizer.zero_grad()
-        row = {"step": step + 1, **means, "grad_norm": grad_norm, "lr": schedule.get_last_lr()[0]}
-        row["tokens_per_second"] = row.pop("tokens") * args.batch_size / (time.perf_counter() - started)
         schedule.step()
+        row["tokens_per_second"] = sum(lengths[i] for i in pairs) / (time.perf_counter() - started)
 
         done = step + 1 == total_steps
         if eval_data and (done or (step + 1) % args.eval_every == 0):
-            row |= evaluate(compute, model, eval_data, row_tokens, accelerator)
+            row |= evaluate()
             for name in ("logps/chosen", "logps/rejected"):  # likelihood displacement at a glance
                 row[f"eval/{name}_delta"] = row[f"eval/{name}"] - history[0][f"eval/{name}"]
-        history.append(row)
-        common.log_metrics(args, accelerator, row)
-        progress.update()
-        progress.set_postfix(
-            {name: f"{row[name]:.3f}" for name in ("loss", "rewards/accuracy", "logps/chosen", "logps/rejected")}
-        )
+        log(row)
+        progress.set_postfix({name: f"{row[name]:.3f}" for name in shown})
         if done or step == 0 or (step + 1) % args.save_every == 0:
+            # Written beside and renamed into place, so that a kill at any instant leaves whole checkpoints only.
+            writing = folder / "checkpoints" / "writing"
             state |= {"step": step + 1, "schedule": schedule.state_dict()}
-            common.save_checkpoint(args, accelerator, model, optimizer.optimizer, state)
-            common.plot_curves(args, accelerator, history, PANELS)
+            dcp.save(training_state(), checkpoint_id=writing, no_dist=accelerator.num_processes == 1)
+            if main_process:
+                (writing / "state.json").write_text(json.dumps(state))
+                plot_curves(folder / "curves.png", history)  # before the rename, behind which no run would mend it
+                os.replace(writing, folder / "checkpoints" / f"step-{step + 1:08d}")
+                for old in sorted(folder.glob("checkpoints/step-*"))[:-2]:
+                    os.replace(old, writing)
+                    shutil.rmtree(writing)
     progress.close()
-    common.plot_curves(args, accelerator, history, PANELS)
-    common.save_model(args, accelerator, model, tokenizer)
-    common.print_summary(args, accelerator, history)
+
+    # model/, in the type of the checkpoint that it came from, built anew from it: the same code for one process, DDP,
+    # FSDP2, whose shards all processes gather, and LoRA, whose adapters are merged in model/ and alone in adapter/.
+    options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights = dcp_state.get_model_state_dict(model, options=options)
+    if main_process:
+        fresh = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+        fresh = get_peft_model(fresh, lora) if args.lora_rank else fresh
+        assert not fresh.load_state_dict(weights, strict=False).unexpected_keys
+        if args.lora_rank:
+            fresh.save_pretrained(folder / "adapter")
+            fresh = fresh.merge_and_unload()
+        for part in (fresh, tokenizer):
+            part.save_pretrained(folder / "model.writing")
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        os.replace(folder / "model.writing", folder / "model")
+    accelerator.print(f"\n{'evaluation pairs' if eval_data else 'training batches'}: start -> end")
+    for name in shown:
+        first, last = (row[f"eval/{name}" if eval_data else name] for row in (history[not eval_data], history[-1]))
+        accelerator.print(f"  {name:<18}{first:9.4f} -> {last:9.4f}")
+    accelerator.print(f"figure  {folder}/curves.png\nmodel   {folder}/model")
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    try:
+        main(tyro.cli(Args, description=__doc__))
+    except torch.OutOfMemoryError:
+        fail("out of memory: try a lower --tokens-per-device, --gradient-checkpointing, --lora-rank 16 or more devices")

@@ -3,13 +3,13 @@
     python benchmarks/gpu.py        # one GPU; without one it says so and measures nothing
     python benchmarks/gpu.py --save benchmarks/results/gpu
 
-LoRA (rank 16, base in bf16) and full fine-tuning (float32 weights, gradient checkpointing), with flex_attention and
-with sdpa, for three objectives: DPO with stored reference log-probs (hdpo.py), DPO with the reference run at every step
-(a frozen copy, or the model with its adapters off), and DGPO, which has none. Each runs in a
-process of its own; one that runs out of memory says so in the table. What is timed is the whole step: collating,
-forward, loss, backward, clipping, AdamW. TRL's DPOTrainer takes the same steps with stored reference log-probs, under
-sdpa, at its fastest per-device batch, in the environment that speed.py installs (with a torch for CUDA); collating is
-not in its time. The report is written anew after every line, so a run that is stopped keeps what it has.
+LoRA (rank 16, base in bf16) and full fine-tuning (float32 weights, gradient checkpointing), for three objectives: DPO
+with stored reference log-probs (hdpo.py), DPO with the reference run at every step (a frozen copy, or the model with
+its adapters off), and DGPO, which has none. Each runs in a process of its own; one that runs out of memory says so in
+the table. What is timed is the whole step: collating, forward, loss, backward, clipping, AdamW. TRL's DPOTrainer takes
+the same steps with stored reference log-probs, under sdpa, at its fastest per-device batch, in the environment that
+speed.py installs (with a torch for CUDA); collating is not in its time. The report is written anew after every line, so
+a run that is stopped keeps what it has.
 """
 
 import contextlib
@@ -38,12 +38,13 @@ from torch.nn.functional import logsigmoid
 
 import common
 import dgpo
+import eps_dpo
 
 OBJECTIVES = ("dpo stored", "dpo live", "dgpo")
 # Dense bf16 operations a second, as the vendor states them; the PCIe and NVL parts are slower.
 PEAK = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
 TOKENS_PER_DEVICE = 8192
-WARMUP = CHOOSING  # steps that allocate and compile
+WARMUP = CHOOSING  # steps that allocate
 
 
 @dataclass
@@ -52,8 +53,6 @@ class Args:
     """Length distributions (lengths.py)"""
     tunings: tuple[Literal["lora", "full"], ...] = ("lora", "full")
     """What is trained"""
-    attentions: tuple[Literal["flex_attention", "sdpa"], ...] = ("flex_attention", "sdpa")
-    """Attention implementations"""
     objectives: tuple[Literal["dpo stored", "dpo live", "dgpo"], ...] = OBJECTIVES
     """Losses, and where the reference's log-probs come from"""
     pairs: int = 32
@@ -70,21 +69,22 @@ class Args:
     """Write the table to SAVE.md and all numbers to SAVE.json"""
 
 
-def make_model(config: dict, tuning: str, attention: str, device: str):
-    """The policy with random weights, in the types that common.load_model would give it."""
-    model = make_mistral(config, tuning == "lora", attention, device)
+def make_model(config: dict, tuning: str, device: str):
+    """The policy with random weights, in the types that the scripts give it."""
+    model = make_mistral(config, tuning == "lora", device)
     if tuning == "lora":
         return get_peft_model(model, LoraConfig(**LORA))
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable()
     return model
 
 
 def frozen_copy(model, config: dict, tuning: str, device: str):
-    """The live reference: under LoRA the model itself, else a second one as common.load_frozen has it."""
+    """The live reference, as eps_dpo.py has it: under LoRA the model itself, else a second one."""
     if tuning == "lora":
         return model
-    copy = make_mistral(config, False, model.config._attn_implementation, device)
-    return common.freeze(copy, torch.bfloat16 if device == "cuda" else torch.float32)
+    copy = eps_dpo.freeze(make_mistral(config, False, device), torch.bfloat16 if device == "cuda" else torch.float32)
+    copy.set_attn_implementation(common.ATTENTION)
+    return copy
 
 
 def step_flops(model, tuning: str, rows: list[dict]) -> float:
@@ -124,8 +124,8 @@ def noise(model, rows: list[dict], device: str) -> tuple[float, float, list[floa
     """Largest difference of a response's summed log-prob to one plain forward: packed, and of a padded plain batch.
 
     Both change nothing in exact arithmetic; the second is what any trainer that pads accepts. Third, the plain sums.
+    The model comes with plain attention, and is left ready for packed rows.
     """
-    packed = torch.stack(common.response_logps(model, common.collate(rows).to(device)), 1).flatten().tolist()
     sequences = [(row["prompt_ids"], row[f"{part}_ids"]) for row in rows for part in ("chosen", "rejected")]
     longest = max(len(prompt) + len(response) for prompt, response in sequences)
 
@@ -143,28 +143,27 @@ def noise(model, rows: list[dict], device: str) -> tuple[float, float, list[floa
 
     alone = [plain([one], len(one[0]) + len(one[1]))[0] for one in sequences]
     padded = plain(sequences, longest)
+    model.set_attn_implementation(common.ATTENTION)
+    packed = torch.stack(common.response_logps(model, common.collate(rows).to(device)), 1).flatten().tolist()
     return *(max(abs(a - b) for a, b in zip(one, alone)) for one in (packed, padded)), alone
 
 
-def side(config: dict, tuning: str, attention: str, objective: str, name: str, device: str, args: Args) -> dict:
+def side(config: dict, tuning: str, objective: str, name: str, device: str, args: Args) -> dict:
     """All numbers of one line of the table."""
     rows = make_pairs(name, args.pairs * (WARMUP + args.steps))
-    model = make_model(config, tuning, attention, device).train()
+    model = make_model(config, tuning, device).train()
     reference = frozen_copy(model, config, tuning, device) if objective == "dpo live" else None
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-7, fused=True)
-    lengths = [sum(map(len, row.values())) for row in rows]
-    bound, seconds = common.row_tokens(model, TOKENS_PER_DEVICE), []
+    lengths, seconds = [sum(map(len, row.values())) for row in rows], []
     off, off_padded, plain = noise(model, rows[:4], device)
-    torch.compiler.reset()  # noise had shapes of its own, and flex_attention is compiled for a few only
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # or it would go on without being compiled
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in range(WARMUP + args.steps):
         wait_for_device()
         started = time.perf_counter()
         pairs = list(range(step * args.pairs, (step + 1) * args.pairs))
-        for indices in common.micro_batches(pairs, lengths, bound, 1)[0]:
+        for indices in common.micro_batches(pairs, lengths, TOKENS_PER_DEVICE, 1)[0]:
             batch = common.collate([rows[i] for i in indices]).to(device)
             if objective == "dgpo":
                 losses = dgpo.forward(model, batch, dgpo.Args())[0]
@@ -201,7 +200,7 @@ def trl(python: str, config: dict, tuning: str, name: str, device: str, args: Ar
     """TRL's line of the table, at the per-device batch where its steps took least time; `ours` is this repo's line."""
     spec = {"name": name, "batch_size": args.pairs, "steps": WARMUP + args.steps}
     rows, best = make_pairs(name, args.pairs * (WARMUP + args.steps))[args.pairs * WARMUP :], None
-    operations, tried = step_flops(make_mistral(config, tuning == "lora", "sdpa", "meta"), tuning, rows), {}
+    operations, tried = step_flops(make_mistral(config, tuning == "lora", "meta"), tuning, rows), {}
     for device_batch in args.trl_batches:
         try:
             one = Side(
@@ -226,7 +225,7 @@ def trl(python: str, config: dict, tuning: str, name: str, device: str, args: Ar
 def table(results: dict[str, dict], rate: float, peak: float | None) -> str:
     """Markdown, a line for each variant."""
     lines = [
-        "| lengths, tuning, attention, objective | pairs/s | tokens/s | peak memory | MFU | of matmul rate | "
+        "| lengths, tuning, objective | pairs/s | tokens/s | peak memory | MFU | of matmul rate | "
         "log-probs off by, packed | padded |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -285,9 +284,9 @@ def main(args: Args) -> None:
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # TRL's trainer refuses a process that sees several
     rate, results = matmul_rate("cuda"), {}
     torch.cuda.empty_cache()
-    for name, tuning, attention, objective in product(args.lengths, args.tunings, args.attentions, args.objectives):
-        title = f"{name}, {tuning}, {attention}, {objective}"
-        spec = json.dumps([tuning, attention, objective, name, args.pairs, args.steps])
+    for name, tuning, objective in product(args.lengths, args.tunings, args.objectives):
+        title = f"{name}, {tuning}, {objective}"
+        spec = json.dumps([tuning, objective, name, args.pairs, args.steps])
         done = subprocess.run([sys.executable, __file__, spec], stdout=subprocess.PIPE, text=True)
         failed = {"failed": f"failed with exit code {done.returncode}"}
         results[title] = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else failed
@@ -299,18 +298,18 @@ def main(args: Args) -> None:
     except subprocess.CalledProcessError as error:
         raise SystemExit(f"error: TRL cannot be installed ({error}); its lines are missing from the table") from None
     for name, tuning in product(args.lengths, args.tunings):
-        ours = results.get(f"{name}, {tuning}, sdpa, dpo stored", {})
+        ours = results.get(f"{name}, {tuning}, dpo stored", {})
         beside = trl(python, {}, tuning, name, "cuda", args, ours)
-        results[f"{name}, {tuning}, sdpa, dpo stored, TRL {beside.get('device_batch', '')}"] = beside
+        results[f"{name}, {tuning}, dpo stored, TRL {beside.get('device_batch', '')}"] = beside
         report(results, rate, args)
 
 
 def line(spec: str) -> None:
     """One variant in this process; its numbers are the last line that it prints."""
-    tuning, attention, objective, name, pairs, steps = json.loads(spec)
+    tuning, objective, name, pairs, steps = json.loads(spec)
     try:
         args = Args(pairs=pairs, steps=steps)
-        print(json.dumps(side({}, tuning, attention, objective, name, "cuda", args)))
+        print(json.dumps(side({}, tuning, objective, name, "cuda", args)))
     except torch.OutOfMemoryError:
         print(json.dumps({"failed": "out of memory"}))
 

@@ -10,9 +10,6 @@ import json
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import steps
@@ -21,19 +18,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 VARIANTS = {
-    "as shipped": "rows of bounded length, prompt once, chunked log-softmax with its gradient in place, fused AdamW",
-    "one long row": "all pairs of a micro-batch in one row of up to 8,192 tokens",
-    "rows of 384": "shorter rows than the shipped ones (512 here: 0.75 x the hidden size, but no less)",
-    "rows of 768": "longer rows",
-    "attention by pair": "one long row, attention runs pair after pair in a function of our own",
+    "as shipped": "one row, attention by segments, prompt once, log-softmax in chunks, gradient in place, fused AdamW",
+    "rows of 512": "the same in rows of at most 512 tokens, one after the other",
+    "dense mask": "one row, attention over all of it under a mask of tokens x tokens (sdpa)",
     "prompt twice": "each response with a prompt of its own, packed in rows of its own",
     "padded": "the plain way: 16 sequences padded to the longest in one batch, log-softmax in one piece",
     "head everywhere": "logits at all positions, not only where a response token is predicted",
     "softmax at once": "log-softmax over all tokens in one piece, kept for the backward pass",
     "AdamW by tensor": "the optimizer neither fused nor grouped",
-    "collate ahead": "the next micro-batch is built by a thread meanwhile",
     "checkpointing": "--gradient-checkpointing",
-    "eager attention": "--attn-implementation eager",
     "torch.compile": "the model compiled with dynamic shapes",
     "allocator": "freed memory is kept by the process: " + " ".join(f"{k}={v}" for k, v in KEEP_MEMORY.items()),
 }
@@ -60,30 +53,16 @@ def padded_logps(model, rows):
     return sums.chunk(2)
 
 
-def attend_by_pair(batch, config) -> None:
-    """Make "by pair" the attention of transformers that runs each pair of this batch alone."""
+def dense_logits(model, batch):
+    """common.response_logits of a model whose attention is sdpa, under a mask of all tokens of the row."""
     import torch
-    from transformers import AttentionInterface
 
-    import common
-
-    changes = (batch.pair.diff() != 0).nonzero()[:, 0] + 1
-    blocks = []
-    for start, end in pairwise([0, *changes.tolist(), len(batch.pair)]):
-        position_ids, pair, part = batch.position_ids[:, start:end], batch.pair[start:end], batch.part[start:end]
-        alone = replace(batch, position_ids=position_ids, pair=pair, part=part)
-        blocks.append((slice(start, end), common.attention_mask(config, alone, torch.float32)))
-
-    def by_pair(_module, query, key, value, _mask, scaling=None, **_):
-        found = [
-            torch.nn.functional.scaled_dot_product_attention(
-                query[:, :, own], key[:, :, own], value[:, :, own], attn_mask=mask, scale=scaling
-            )
-            for own, mask in blocks
-        ]
-        return torch.cat(found, 2).transpose(1, 2), None
-
-    AttentionInterface.register("by pair", by_pair)
+    tokens, (queries, keys) = batch.input_ids.shape[1], zip(*batch.segments)
+    mask = torch.full((1, 1, tokens, tokens), torch.finfo(torch.float32).min)  # added to the scores
+    for q, k in zip(torch.arange(tokens).split(queries), batch.keys.split(keys)):
+        mask[0, 0, q[:, None], k] *= k > q[:, None]  # 0 where a key is not behind its query
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "logits_to_keep": batch.logit_positions}
+    return model(**inputs, attention_mask=mask, use_cache=False).logits.squeeze(0)
 
 
 def side(variant: str, steps: int) -> None:
@@ -99,54 +78,35 @@ def side(variant: str, steps: int) -> None:
     parameters = list(model.parameters())
     fused = {"foreach": False} if variant == "AdamW by tensor" else {"fused": True}
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, weight_decay=0.0, **fused)
-    rows_of = {"one long row": 8192, "attention by pair": 8192, "rows of 384": 384, "rows of 768": 768, "padded": 8192}
-    most = rows_of.get(variant, common.row_tokens(model, 8192))
-    run = model
+    model.set_attn_implementation("sdpa" if variant in ("padded", "dense mask") else common.ATTENTION)
     if variant == "checkpointing":
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    elif variant == "eager attention":
-        model.set_attn_implementation("eager")
-    elif variant == "torch.compile":
-        run = torch.compile(model, dynamic=True)
+        model.activation_checkpointing_enable()
+    run = torch.compile(model, dynamic=True) if variant == "torch.compile" else model
 
-    def logps(batch):
-        """(pairs,), (pairs,) of a collated batch, or of two, one for each response."""
-        if variant == "prompt twice":
-            return common.response_logps(run, batch[0])[0], common.response_logps(run, batch[1])[1]
-        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
-        if variant == "attention by pair":
-            model.config._attn_implementation = "sdpa"  # for its masks
-            attend_by_pair(batch, model.config)
-            model.config._attn_implementation = "by pair"
-            inputs |= {"attention_mask": torch.zeros(1, 1, 1, 1), "logits_to_keep": batch.logit_positions}
-            logits = run(**inputs, use_cache=False).logits.squeeze(0)
-            return common.sum_responses(common.token_logps(logits, batch.targets), batch)
-        if variant == "head everywhere":
-            inputs["attention_mask"] = common.attention_mask(model.config, batch, model.dtype)
-            logits = run(**inputs, use_cache=False).logits.squeeze(0)[batch.logit_positions]
-            return common.sum_responses(common.token_logps(logits, batch.targets), batch)
-        if variant == "softmax at once":
-            logits = common.response_logits(run, batch)
-            found = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
-            return common.sum_responses(found, batch)
-        return common.response_logps(run, batch)
-
-    def build(indices):
-        own = [rows[i] for i in indices]
+    def logps(own):
+        """(pairs,), (pairs,)"""
         if variant == "padded":
-            return own
+            return padded_logps(model, own)
         if variant == "prompt twice":
-            return [common.collate(own, (part,)) for part in ("chosen", "rejected")]
-        return common.collate(own)
+            batches = (common.collate(own, (part,)) for part in ("chosen", "rejected"))
+            return [common.response_logps(model, batch)[i] for i, batch in enumerate(batches)]
+        batch = common.collate(own)
+        if variant == "head everywhere":
+            inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+            logits = model(**inputs, packed=batch, use_cache=False).logits.squeeze(0)[batch.logit_positions]
+        else:
+            logits = (dense_logits if variant == "dense mask" else common.response_logits)(run, batch)
+        if variant == "softmax at once":
+            found = logits.log_softmax(-1).gather(1, batch.targets[:, None])[:, 0]
+        else:
+            found = common.token_logps(logits, batch.targets)
+        return common.sum_responses(found, batch)
 
-    pool = ThreadPoolExecutor(1)
     for turn, _ in enumerate(sys.stdin):
         started = time.perf_counter()
         pairs = list(range(BATCH_SIZE * turn, BATCH_SIZE * (turn + 1)))
-        plan = common.micro_batches(pairs, lengths, most, 1)[0]
-        batches = pool.map(build, plan) if variant == "collate ahead" else map(build, plan)
-        for batch in batches:
-            a, b = padded_logps(run, batch) if variant == "padded" else logps(batch)
+        for indices in common.micro_batches(pairs, lengths, 512 if variant == "rows of 512" else 8192, 1)[0]:
+            a, b = logps([rows[i] for i in indices])
             (stored_dpo_losses(a, b).sum() / BATCH_SIZE).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

@@ -39,7 +39,7 @@ def make_model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).float()
 
 
-def make_mistral(config: dict, lora: bool, attention: str, device: str) -> MistralForCausalLM:
+def make_mistral(config: dict, lora: bool, device: str) -> MistralForCausalLM:
     """MistralConfig's shape, which is Mistral-7B's, with random weights, the same in every process.
 
     In float32, as weights that are trained must be; bf16 on a GPU under LoRA, where they are frozen.
@@ -48,7 +48,7 @@ def make_mistral(config: dict, lora: bool, attention: str, device: str) -> Mistr
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(
-            MistralConfig(sliding_window=None, **config), dtype=dtype, attn_implementation=attention
+            MistralConfig(sliding_window=None, **config), dtype=dtype, attn_implementation="sdpa"
         )
 
 

@@ -207,7 +207,6 @@ def measure(name: str, python: str, model, args: Args) -> dict:
         "lengths": describe(name),
         "trl_device_batch": device_batch,
         "trl_seconds_by_device_batch": tried,
-        "row_tokens": ours.ready["row_tokens"],
         "matmul_flops": median(rates),
         "ratios": [b["seconds"] / a["seconds"] for a, b in zip(steps["ours"], steps["trl"])],
         "cpu_ratio": sum(s["cpu_seconds"] for s in steps["trl"]) / sum(s["cpu_seconds"] for s in steps["ours"]),

@@ -2,14 +2,16 @@
 
     python benchmarks/steps.py        (two CPU cores, about three minutes)
 
-    dpo live        DPO with a frozen second model run at every step, packed rows
-    dpo stored      hdpo.py: reference log-probs stored before the first step, the same rows
-    dgpo            dgpo.py: no reference, the same rows
-    eps_dpo         eps_dpo.forward, the same rows, the same frozen model
+    dpo live        DPO with a frozen second model run at every step
+    dpo stored      hdpo.py: reference log-probs stored before the first step
+    dgpo            dgpo.py: no reference
+    eps_dpo         eps_dpo.forward, with the same frozen model
     dpo unshared    DPO with stored reference log-probs, each response run with a prompt of its own
     dpo_pg          the two passes of dpo_pg.py and the projection
 
-Each runs in a process of its own, whose peak memory is given. They take turns; a ratio is the median over the turns.
+The pairs of a step are packed in one row of tokens, in the last two in one for chosen and one for rejected responses.
+Each variant runs in a process of its own, whose peak memory is given. They take turns; a ratio is the median over the
+turns.
 """
 
 import json
@@ -24,13 +26,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 VARIANTS = ("dpo live", "dpo stored", "dgpo", "eps_dpo", "dpo unshared", "dpo_pg")
-TURNS = 5
+TURNS, BATCH_SIZE = 5, 8
 
 
 def side(variant: str, steps: int) -> None:
     """Take a step for every line on stdin, at most `steps`; say how long it took and the process's peak memory."""
     import torch
-    from datasets import Dataset
     from sides import BETA, make_model, make_pairs, peak_bytes, stored_dpo_losses
     from torch.nn.functional import logsigmoid
 
@@ -39,51 +40,49 @@ def side(variant: str, steps: int) -> None:
     import dpo_pg
     import eps_dpo
 
-    rows = make_pairs("hh", 8 * steps)
-    if variant in ("dpo unshared", "dpo_pg"):  # dpo_pg's plan, and so rows of about the same length in both
-        halves = [("chosen",), ("rejected",)]
-    else:
-        halves = [("chosen", "rejected")]
-    lengths, model = common.pair_lengths(Dataset.from_list(rows)), make_model().train()
+    rows, model, reference = make_pairs("hh", BATCH_SIZE * steps), make_model().train(), None
+    model.set_attn_implementation(common.ATTENTION)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
-    reference = None
     if variant in ("dpo live", "eps_dpo"):
         reference = make_model().requires_grad_(False).eval()
-    args = eps_dpo.Args(epsilon=0.01)
+        reference.set_attn_implementation(common.ATTENTION)
+
+    def alone(own: list[dict], part: str) -> torch.Tensor:
+        """(pairs,): log-probs of the responses of one kind, packed without the others."""
+        return common.response_logps(model, common.collate(own, (part,)))[part == "rejected"]
+
+    def losses(own: list[dict]) -> torch.Tensor:
+        """(pairs,)"""
+        if variant == "dpo unshared":
+            return stored_dpo_losses(alone(own, "chosen"), alone(own, "rejected"))
+        batch = common.collate(own)
+        if variant == "dgpo":
+            return dgpo.forward(model, batch, dgpo.Args())[0]
+        if variant == "eps_dpo":
+            return eps_dpo.forward(model, reference, batch, BETA, eps_dpo.Args(epsilon=0.01))[0]
+        if variant == "dpo stored":
+            return stored_dpo_losses(*common.response_logps(model, batch))
+        with torch.no_grad():
+            a0, b0 = common.response_logps(reference, batch)
+        a, b = common.response_logps(model, batch)
+        return -logsigmoid(BETA * ((a - a0) - (b - b0)))
+
     for turn, _ in enumerate(sys.stdin):
         started = time.perf_counter()
-        gradients = []
-        plan = common.micro_batches(list(range(8 * turn, 8 * turn + 8)), lengths, common.row_tokens(model, 8192), 1)[0]
-        for parts in halves if variant == "dpo_pg" else [None]:
-            for indices in plan:
-                batches = [common.collate([rows[i] for i in indices], half) for half in ([parts] if parts else halves)]
-                if variant == "dpo live":
-                    with torch.no_grad():
-                        a0, b0 = common.response_logps(reference, batches[0])
-                    a, b = common.response_logps(model, batches[0])
-                    loss = -logsigmoid(BETA * ((a - a0) - (b - b0))).sum()
-                elif variant == "dpo stored":
-                    a, b = common.response_logps(model, batches[0])
-                    loss = stored_dpo_losses(a, b).sum()
-                elif variant == "dgpo":
-                    loss = dgpo.forward(model, batches[0], dgpo.Args())[0].sum()
-                elif variant == "eps_dpo":
-                    loss = eps_dpo.forward(model, reference, batches[0], BETA, args)[0].sum()
-                elif variant == "dpo unshared":
-                    a, b = common.response_logps(model, batches[0])[0], common.response_logps(model, batches[1])[1]
-                    loss = stored_dpo_losses(a, b).sum()
-                else:
-                    loss = -common.response_logps(model, batches[0])[parts == ("rejected",)].sum()
-                (loss / 8).backward()
-            if variant == "dpo_pg":
+        own = rows[BATCH_SIZE * turn :][:BATCH_SIZE]
+        if variant == "dpo_pg":
+            gradients = []
+            for part in ("chosen", "rejected"):
+                (-alone(own, part).sum() / BATCH_SIZE).backward()
                 gradients.append([parameter.grad for parameter in parameters])
                 optimizer.zero_grad()
-        if variant == "dpo_pg":
             dpo_pg.inner(*gradients), dpo_pg.inner(gradients[0], gradients[0]), dpo_pg.inner(gradients[1], gradients[1])
             for parameter, gradient in zip(parameters, dpo_pg.project(*gradients, inplace=True)):
                 parameter.grad = gradient
             del gradients, gradient
+        else:
+            (losses(own).sum() / BATCH_SIZE).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -126,7 +125,7 @@ def measure(
 def main() -> None:
     found = measure(VARIANTS)
     for variant, (seconds, peak) in found.items():
-        print(f"{variant:<14}{statistics.median(seconds):7.2f} s a step of 8 pairs{peak / 1e6:8.0f} MB")
+        print(f"{variant:<14}{statistics.median(seconds):7.2f} s a step of {BATCH_SIZE} pairs{peak / 1e6:8.0f} MB")
     for ours, base in (
         ("dgpo", "dpo live"),
         ("dgpo", "dpo stored"),

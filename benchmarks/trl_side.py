@@ -45,7 +45,7 @@ def main(
     assert batch_size % device_batch == 0, f"{device_batch} pairs a device do not divide a step of {batch_size}"
     line = Line()
     dataset = Dataset.from_list(make_pairs(name, batch_size * steps))
-    model = make_mistral(config, tuning == "lora", "sdpa", device) if tuning else make_model()
+    model = make_mistral(config, tuning == "lora", device) if tuning else make_model()
     before = peak_bytes()
     core = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, "<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")

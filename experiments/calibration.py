@@ -66,7 +66,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import report  # noqa: E402
 
-from common import chat_text, common_prefix, encode, fail, from_hub  # noqa: E402
+from common import common_prefix, encode, fail, failing  # noqa: E402
 
 # Written before the numbers. The text to Fig. 4 gives none: higher alpha/beta "consistently" has lower error and
 # "similar accuracy"; DPO is "less calibrated than the base model", larger alpha/beta "quickly" better than it.
@@ -106,8 +106,6 @@ class Args:
     """Model to measure, a name on the hub or a directory; empty: run the experiment"""
     data: str = ""
     """Questions for --model: .jsonl of MMLU's kind or .json of TruthfulQA's MC1, also .gz"""
-    trust_remote_code: bool = False
-    """Run code that comes with the model"""
     seed: int = 0
     """Seed of TruthfulQA's wrong choices and their order"""
     results: str = str(report.RESULTS)
@@ -137,17 +135,12 @@ def read_questions(path: str, seed: int) -> list[Question]:
         fail(f"{path}: expected a .jsonl or .json file, or one of them with .gz")
     if not os.path.isfile(path):
         fail(f"{path}: no such file")
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        fail(f"{path}: {error}")
+    with failing(path), (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        text = file.read()
     rows = []
     for number, line in enumerate(text.strip().split("\n") if kind == ".jsonl" else [text], 1):
-        try:
+        with failing(f"{path}{f' row {number}' if kind == '.jsonl' else ''}: not JSON"):
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            fail(f"{path}{f' row {number}' if kind == '.jsonl' else ''}: not JSON ({error})")
     if kind == ".json":
         rows = rows[0] if isinstance(rows[0], list) else fail(f"{path}: expected a list of questions")
     if not rows:
@@ -210,7 +203,7 @@ def tokenize(tokenizer, question: Question) -> tuple[list[int], list[int]]:
         user = {"role": "user", "content": prompt_text(question)}
         try:
             turns = [[user, {"role": "assistant", "content": letter}] for letter in letters]
-            before = os.path.commonprefix([chat_text(tokenizer, messages, {}) for messages in turns])
+            before = os.path.commonprefix([tokenizer.apply_chat_template(one, tokenize=False) for one in turns])
         except TemplateError as error:
             fail(f"the model's chat template refuses a question and its answer: {error}")
     else:
@@ -317,12 +310,15 @@ def metrics(probabilities: np.ndarray, answers: np.ndarray, mass: np.ndarray) ->
     )
 
 
-def measure(name: str, questions: list[Question], args: Args) -> Calibration:
+def measure(name: str, questions: list[Question]) -> Calibration:
     """Load a model and ask it all questions."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = from_hub(AutoTokenizer, name, args)
+    with failing(f"cannot load {name!r}"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
     prompts, letters = zip(*(tokenize(tokenizer, question) for question in questions))
-    model = from_hub(AutoModelForCausalLM, name, args, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+    with failing(f"cannot load {name!r}"):
+        dtype = torch.bfloat16 if device == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     probabilities, mass = letter_probabilities(model.to(device).eval(), prompts, letters)
     return metrics(probabilities, np.array([question.answer for question in questions]), mass)
 
@@ -557,8 +553,8 @@ def experiment(args: Args) -> None:
     }
     runs = {ratio: [] for ratio in ratios}
     for (ratio, _), model in zip(jobs, report.side_by_side(list(jobs.values()))):
-        runs[ratio].append(measure(str(model), test, args))
-    base = measure(str(folder / "base"), test, args)
+        runs[ratio].append(measure(str(model), test))
+    base = measure(str(folder / "base"), test)
     chances = np.array([odds(runners, race.options) for race in test])  # (races, 4)
     best = metrics(chances, np.array([race.answer for race in test]), np.ones(races))
     text = write_table(best, base, runs)
@@ -570,7 +566,7 @@ def main(args: Args) -> None:
     if bool(args.model) != bool(args.data):
         fail("--model and --data belong together; without both the experiment runs")
     if args.model:
-        show(args.model, measure(args.model, read_questions(args.data, args.seed), args))
+        show(args.model, measure(args.model, read_questions(args.data, args.seed)))
     else:
         experiment(args)
 

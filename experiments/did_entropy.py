@@ -20,6 +20,7 @@ what the identity of App. F.2 is about. In the paper's Table 2, too, one DPO set
 K.1 calls it an outlier.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import dataclass
@@ -113,6 +114,15 @@ def rows_of(prompts, chosen, rejected) -> list[dict]:
     return [{"prompt_ids": p, "chosen_ids": w, "rejected_ids": r} for p, w, r in zip(prompts, chosen, rejected)]
 
 
+@contextlib.contextmanager
+def packed(model):
+    """With the attention that response_logps needs in this block, and the model's own, for generate(), behind it."""
+    own = model.config._attn_implementation
+    model.set_attn_implementation(common.ATTENTION)
+    yield
+    model.set_attn_implementation(own)
+
+
 @torch.no_grad()
 def entropy(model, ends: list[int], prompts: list[list[int]], args: Args) -> tuple[float, float]:
     """Monte-Carlo entropy of a response, in nats: of the whole response and per token."""
@@ -120,9 +130,10 @@ def entropy(model, ends: list[int], prompts: list[list[int]], args: Args) -> tup
     sums, tokens = [], 0
     for left, right in zip(drawn[::2], drawn[1::2]):
         rows = rows_of(prompts, left, right)
-        for first in range(0, len(rows), 8):
-            batch = common.collate(rows[first : first + 8]).to(model.device)
-            sums += torch.cat(common.response_logps(model, batch)).tolist()
+        with packed(model):
+            for first in range(0, len(rows), 8):
+                batch = common.collate(rows[first : first + 8]).to(model.device)
+                sums += torch.cat(common.response_logps(model, batch)).tolist()
         tokens += sum(map(len, left + right))
     return -fmean(sums), -sum(sums) / tokens
 
@@ -142,7 +153,8 @@ def did_entropy(model: str, reference: str, args: Args) -> dict[str, float]:
     unseen = read_prompts(args.eval_dataset, tokenizer, args)
 
     # Step 1; as many pairs as step 2 will take, whatever the share of prompts where pi and ref draw the same response.
-    order, pairs, wanted, drawn = common.shuffled(len(prompts), args.seed), [], args.steps * args.batch_size, 0
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    pairs, wanted, drawn = [], args.steps * args.batch_size, 0
     for turn in range(20):
         used = [prompts[order[(drawn + i) % len(order)]] for i in range(wanted)]
         chosen = sample(policy, ends, used, 10_000 * args.seed + 2 * turn, args)
@@ -161,14 +173,15 @@ def did_entropy(model: str, reference: str, args: Args) -> dict[str, float]:
     # Step 2: pi' has no reference, so hdpo_loss gets log-probs of zero for it.
     optimizer = torch.optim.RMSprop(learner.parameters(), lr=args.lr)
     warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / (0.1 * args.steps)))
-    for first in range(0, len(pairs), args.batch_size):
-        batch = common.collate(pairs[first : first + args.batch_size]).to(device)
-        a, b = common.response_logps(learner, batch)
-        hdpo.hdpo_loss(a, b, torch.zeros_like(a), torch.zeros_like(b), alpha=1, beta=1).mean().backward()
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        warmup.step()
+    with packed(learner):
+        for first in range(0, len(pairs), args.batch_size):
+            batch = common.collate(pairs[first : first + args.batch_size]).to(device)
+            a, b = common.response_logps(learner, batch)
+            hdpo.hdpo_loss(a, b, torch.zeros_like(a), torch.zeros_like(b), alpha=1, beta=1).mean().backward()
+            torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            warmup.step()
 
     found = {"same samples": same}
     for name, one in (("pi", policy), ("ref", ref), ("DID", learner)):

@@ -95,7 +95,10 @@ def bf16_logratios(logits, targets, batch):
 
 def load(folder: Path):
     """The run's policy, and the reference."""
-    return [AutoModelForCausalLM.from_pretrained(path) for path in (folder / "model", report.TOY / "model")]
+    models = [AutoModelForCausalLM.from_pretrained(path) for path in (folder / "model", report.TOY / "model")]
+    for model in models:
+        model.set_attn_implementation(common.ATTENTION)
+    return models
 
 
 @torch.no_grad()

@@ -10,9 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+import options  # noqa: E402
 import speed  # noqa: E402
 import steps  # noqa: E402
-from sides import BETA, VOCABULARY, make_pairs, stored_dpo_losses  # noqa: E402
+from sides import BETA, VOCABULARY, make_model, make_pairs, stored_dpo_losses  # noqa: E402
+
+import common  # noqa: E402
 
 SHAPE = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -23,7 +26,7 @@ SHAPE = {
 @pytest.mark.parametrize("objective", gpu.OBJECTIVES)
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 def test_every_variant_takes_its_steps(tuning, objective):
-    found = gpu.side(SHAPE, tuning, "sdpa", objective, "hh", "cpu", gpu.Args(pairs=2, steps=1))
+    found = gpu.side(SHAPE, tuning, objective, "hh", "cpu", gpu.Args(pairs=2, steps=1))
     assert len(found["seconds"]) == 1 and found["flops"] > 0 and found["tokens_per_second"] > 0
     assert found["off"] < 1e-3 and found["off_padded"] < 1e-3  # float32: rounding alone
     shown = gpu.table({"one": found, "two": {"failed": "out of memory"}}, rate=1e12, peak=None)
@@ -36,7 +39,7 @@ def test_trl_takes_the_same_steps(tuning):
     """Where TRL is installed: the same random weights and pairs, and so the same log-probs."""
     pytest.importorskip("trl")
     args = gpu.Args(pairs=2, steps=1, trl_batches=(1, 2))
-    ours = gpu.side(SHAPE, tuning, "sdpa", "dpo stored", "hh", "cpu", args)
+    ours = gpu.side(SHAPE, tuning, "dpo stored", "hh", "cpu", args)
     found = gpu.trl(sys.executable, SHAPE, tuning, "hh", "cpu", args, ours)
     assert found["off"] < 1e-3 and found["device_batch"] in (1, 2) and len(found["seconds"]) == 1
     assert "| TRL |" in gpu.table({"TRL": found}, rate=1e12, peak=1e13)
@@ -51,7 +54,7 @@ def test_trl_that_fails_is_a_line_of_the_table():
 
 def test_operations_are_those_that_torch_counts():
     """Linear layers and the head of one unshared forward and backward; attention is left to the formula's last term."""
-    model = gpu.make_model(SHAPE, "full", "sdpa", "cpu")
+    model = gpu.make_model(SHAPE, "full", "cpu")
     model.activation_checkpointing_disable()
     config, row = model.config, make_pairs("hh", 1)[0]
     prompt, response = len(row["prompt_ids"]), len(row["chosen_ids"])
@@ -76,6 +79,29 @@ def test_operations_are_those_that_torch_counts():
 def test_steps_takes_as_many_turns_as_asked_for():
     found = steps.measure(("dgpo",), turns=steps.TURNS + 2)
     assert len(found["dgpo"][0]) == steps.TURNS + 2 and found["dgpo"][1] > 1e8
+
+
+def test_the_old_ways_find_the_same():
+    """What options.py compares is the same computation: a dense mask, a padded batch, attention by segments."""
+    model, rows = tiny.model("llama", "sdpa", torch.float32), tiny.pair_rows()
+    batch = common.collate(rows)
+    logits = options.dense_logits(model, batch)
+    dense, padded = (
+        common.sum_responses(common.token_logps(logits, batch.targets), batch),
+        options.padded_logps(model, rows),
+    )
+    model.set_attn_implementation(common.ATTENTION)
+    for own in (dense, padded):
+        torch.testing.assert_close(own, common.response_logps(model, batch), rtol=1e-4, atol=1e-4)
+
+
+def test_our_side_of_the_table():
+    """It has the log-probs of plain forwards stored before its first step, and takes as many steps as it is told."""
+    side = speed.Side(sys.executable, "our_side.py", name="hh", batch_size=2, steps=2, tokens_per_device=8192)
+    assert all(side.step()["seconds"] > 0 for _ in range(2))
+    plain = speed.plain_logps(make_model().eval(), make_pairs("hh", 2))
+    assert side.ready["logps"] == pytest.approx(plain, abs=1e-2)
+    side.end()
 
 
 def test_stored_reference_is_the_policy_itself():

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from test_reference import in_processes, until
+from tiny import metrics
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -21,7 +22,8 @@ from dpo_pg import project
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take longer than the runs."""
-    monkeypatch.setattr(common, "plot_curves", lambda *_: None)
+    for script in (dpo_pg, hdpo):
+        monkeypatch.setattr(script, "plot_curves", lambda *_: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,7 +160,8 @@ def half_gradients(model, rows):
     """g_w and g_l of a global batch in one micro-batch, as the script takes them."""
     weights, both = list(model.parameters()), []
     for number, part in enumerate(("chosen", "rejected")):
-        logps = common.response_logps(model, common.collate(rows, (part,)))[number]
+        with tiny.packed(model):
+            logps = common.response_logps(model, common.collate(rows, (part,)))[number]
         (-logps.mean()).backward()
         both.append([p.grad for p in weights])
         model.zero_grad()
@@ -279,11 +282,6 @@ def run_args(out, made, **changes):
     options = {"model": str(made / "base"), "dataset": str(made / "train.jsonl"), "output_dir": str(out)}
     options |= {"lr": 1e-4, "batch_size": 6, "steps": 6, "save_every": 2, "warmup": 0}
     return dpo_pg.Args(**{**options, **changes})
-
-
-def metrics(out):
-    rows = common.read_metrics(hdpo.Args(output_dir=str(out)), 10**9)
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
 
 def weights(out):

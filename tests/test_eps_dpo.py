@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_reference import in_processes, until
+from tiny import metrics
 from torch.nn.functional import logsigmoid
 
 import common
@@ -23,7 +24,7 @@ BOTH = ("chosen", "rejected")
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take longer than the runs."""
-    monkeypatch.setattr(common, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(eps_dpo, "plot_curves", lambda *_: None)
 
 
 @pytest.fixture
@@ -91,7 +92,8 @@ def slow(policy, reference, rows, beta, epsilon):
 
 
 def forward(policy, reference, rows, args=ARGS, chunk=512):
-    return eps_dpo.forward(policy, reference, common.collate(rows), args.beta, args, chunk)
+    with tiny.packed(policy, reference):
+        return eps_dpo.forward(policy, reference, common.collate(rows), args.beta, args, chunk)
 
 
 def assert_equal(ours, theirs, tolerance=1e-10):
@@ -156,30 +158,41 @@ def test_all_three_decisions_are_met(wide):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 64])
-def test_chunks(chunk, wide):
-    """The reference's logits and the perturbation chunk by chunk are the same, and no chunk is larger than asked."""
+def test_chunks(chunk, wide, monkeypatch):
+    """The perturbation chunk by chunk is the same, and no chunk of the two models' logits is larger than asked."""
     reference = tiny.model().requires_grad_(False)
     policy, rows, seen = policy_of(reference), tiny.pair_rows(), []
-    whole = forward(policy, reference, rows)
-    reference.lm_head.register_forward_hook(lambda _module, _inputs, output: seen.append(output.shape[-2]))
+    whole, real = forward(policy, reference, rows), eps_dpo.perturbed_logps
+
+    def perturbed_logps(logits, ref_logits, *more):
+        seen.append((len(logits), len(ref_logits)))
+        return real(logits, ref_logits, *more)
+
+    monkeypatch.setattr(eps_dpo, "perturbed_logps", perturbed_logps)
     assert_equal(forward(policy, reference, rows, chunk=chunk), whole, 1e-12)
-    assert max(seen) <= chunk and sum(seen) == len(common.collate(rows).targets) + 1  # and one as its body runs
+    assert max(max(seen)) <= chunk
+    assert [sum(lengths) for lengths in zip(*seen)] == 2 * [len(common.collate(rows).targets)]
 
 
-def test_one_forward_of_each_body():
-    """One pass of each model's layers a micro-batch, the head of the policy once, and nothing is left patched."""
+def test_one_forward_of_each_model():
+    """One pass of each model's layers and of its head a micro-batch, the head at the response tokens and no other."""
     reference = tiny.model().requires_grad_(False)
-    policy, calls = policy_of(reference).requires_grad_(True), {}
-    for name, module in (
-        *((f"policy {i}", layer) for i, layer in enumerate(policy.model.layers)),
-        *((f"reference {i}", layer) for i, layer in enumerate(reference.model.layers)),
-        ("policy head", policy.lm_head),
-    ):
-        module.register_forward_hook(lambda *_, name=name: calls.update({name: calls.get(name, 0) + 1}))
-    losses, _ = forward(policy, reference, tiny.pair_rows(), chunk=5)
+    policy, rows, calls = policy_of(reference).requires_grad_(True), tiny.pair_rows(), []
+    for model in (policy, reference):
+        for module in (*model.model.layers, model.lm_head):
+            module.register_forward_hook(lambda module, _, out: calls.append((module, out.shape[-2])))
+    losses, _ = forward(policy, reference, rows, chunk=5)
     losses.sum().backward()
-    assert calls == {"policy 0": 1, "policy 1": 1, "reference 0": 1, "reference 1": 1, "policy head": 1}
-    assert "forward" not in vars(reference.model)
+    batch = common.collate(rows)
+    expected = [
+        (module, length)
+        for model in (reference, policy)
+        for module, length in (
+            *((layer, batch.input_ids.shape[1]) for layer in model.model.layers),
+            (model.lm_head, len(batch.targets)),
+        )
+    ]
+    assert calls == expected
     assert all(parameter.grad is None for parameter in reference.parameters())
 
 
@@ -214,7 +227,8 @@ def test_epsilon_0_is_dpo(wide):
     reference = tiny.model(dtype=torch.float64).requires_grad_(False)
     policy, rows = policy_of(reference).requires_grad_(True), tiny.pair_rows(12)
     batch = common.collate(rows)
-    (a, b), (a0, b0) = (common.response_logps(model, batch) for model in (policy, reference))
+    with tiny.packed(policy, reference):
+        (a, b), (a0, b0) = (common.response_logps(model, batch) for model in (policy, reference))
     dpo = -logsigmoid(0.1 * ((a - b) - (a0 - b0)))
     losses, metrics = forward(policy, reference, rows, eps_dpo.Args(beta=0.1, epsilon=0.0))
     torch.testing.assert_close(losses, dpo, rtol=1e-14, atol=1e-14)
@@ -292,6 +306,17 @@ def test_lora(training, wide):
         assert (parameter.grad is not None and parameter.grad.any()) if "lora_" in name else parameter.grad is None
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_model_keeps_what_autocast_keeps(tied):
+    """On a GPU: linear layers in bf16, but embeddings (a tied head with them) and norms in float32."""
+    model = eps_dpo.freeze(tiny.model(dtype=torch.float32, tie_word_embeddings=tied).train(), torch.bfloat16)
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    narrow = {name for name, kind in kinds.items() if kind == torch.bfloat16}
+    assert narrow == {name for name in kinds if "_proj" in name or name == "lm_head.weight"}
+    assert (model.lm_head.weight.dtype == torch.float32) == tied and not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
@@ -308,11 +333,6 @@ def run_args(out, made, **changes):
     options = {"model": str(made / "base"), "dataset": str(made / "train.jsonl"), "output_dir": str(out)}
     options |= {"lr": 1e-3, "batch_size": 6, "steps": 6, "save_every": 2, "beta": 0.1, "epsilon": 0.05, "warmup": 0}
     return eps_dpo.Args(**{**options, **changes})
-
-
-def metrics(out):
-    rows = common.read_metrics(eps_dpo.Args(output_dir=str(out)), 10**9)
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
 
 def saved_betas(out):
@@ -379,14 +399,17 @@ def test_lora_run(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flag, value",
-    [("epsilon", 1.0), ("epsilon", -0.1), ("epsilon", math.nan), ("beta", 0.0), ("beta", -1.0), ("beta", math.nan)],
+    "flag, value, expected",
+    [
+        ("epsilon", 1.0, "a number from 0 to below 1"),
+        *(("epsilon", value, "0 or more") for value in (-0.1, math.nan)),
+        *(("beta", value, "a number above 0") for value in (0.0, -1.0, math.nan)),
+    ],
 )
-def test_bad_input(flag, value, tmp_path):
+def test_bad_input(flag, value, expected, tmp_path):
     """One line that names the flag, before anything is looked for."""
     changes = {"model": "/no/such/model", "dataset": "/no/such.jsonl", "output_dir": str(tmp_path / "run"), flag: value}
     with pytest.raises(SystemExit) as error:
         eps_dpo.main(eps_dpo.Args(**changes))
-    message = str(error.value)
-    assert message.startswith(f"error: --{flag} {value}: expected a number") and "such" not in message
+    assert str(error.value) == f"error: --{flag} {value}: expected {expected}"
     assert not (tmp_path / "run").exists()

@@ -11,14 +11,12 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
 
 import common
+import hdpo
 from dgpo import Args as DgpoArgs
 from dgpo import dgpo_loss
 from dgpo import forward as dgpo_forward
 from dpl import dpl_loss
-from hdpo import Args as HdpoArgs
-from hdpo import forward as hdpo_forward
 from hdpo import hdpo_loss
-from hdpo import main as hdpo_main
 
 
 def dpo_loss(a, b, a0, b0, beta):
@@ -72,8 +70,9 @@ def test_dgpo_forward():
     """Log-probs are averaged over tokens; d_w/d_l as logged is the ratio of the two derivatives of the loss."""
     model, rows = tiny.model(), tiny.pair_rows()
     batch = common.collate(rows)
-    losses, metrics = dgpo_forward(model, batch, DgpoArgs(beta=2.5))
-    chosen, rejected = common.response_logps(model, batch)
+    with tiny.packed(model):
+        losses, metrics = dgpo_forward(model, batch, DgpoArgs(beta=2.5))
+        chosen, rejected = common.response_logps(model, batch)
     a = (chosen / torch.tensor([len(row["chosen_ids"]) for row in rows])).detach().requires_grad_()
     b = (rejected / torch.tensor([len(row["rejected_ids"]) for row in rows])).detach().requires_grad_()
     expected = dgpo_loss(a, b, 2.5)
@@ -138,7 +137,8 @@ def test_alpha_1_gradient_of_a_model(monkeypatch):
     stored = [
         {**row, "ref_chosen_logps": a, "ref_rejected_logps": b} for row, a, b in zip(rows, a0.tolist(), b0.tolist())
     ]
-    losses, _ = hdpo_forward(model, common.collate(stored), HdpoArgs(alpha=1.0, beta=0.1))
+    with tiny.packed(model):
+        losses, _ = hdpo.forward(model, common.collate(stored), hdpo.Args(alpha=1.0, beta=0.1))
     torch.testing.assert_close(losses, expected, rtol=1e-9, atol=1e-9)
     for ours, plain in zip(torch.autograd.grad(losses.mean(), list(model.parameters())), gradients):
         assert (ours - plain).abs().max() < 1e-9 * max(1.0, plain.abs().max())
@@ -240,8 +240,8 @@ STEPS, BETA, LR = 10, 0.1, 1e-3
 
 def ten_steps(folder: Path, base: Path, data: Path, batch: int) -> dict[str, torch.Tensor]:
     """The model that hdpo.main leaves."""
-    hdpo_main(
-        HdpoArgs(
+    hdpo.main(
+        hdpo.Args(
             model=str(base),
             dataset=str(data),
             output_dir=str(folder / "run"),
@@ -267,7 +267,7 @@ def furthest(ours, theirs, base) -> float:
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take longer than the runs."""
-    monkeypatch.setattr(common, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(hdpo, "plot_curves", lambda *_: None)
 
 
 def test_ten_steps_of_a_slow_dpo(tmp_path):
@@ -279,7 +279,7 @@ def test_ten_steps_of_a_slow_dpo(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     schedule = get_scheduler("cosine", optimizer, round(0.1 * STEPS), STEPS)
     for step in range(STEPS):
-        rows = [pairs[i] for i in common.step_pairs(step, len(pairs), 8, seed=0)]
+        rows = [pairs[i] for i in tiny.step_pairs(step, len(pairs), 8)]
         with torch.no_grad():
             a0, b0 = plain_logps(reference, rows)
         dpo_loss(*plain_logps(model, rows), a0, b0, BETA).mean().backward()
@@ -307,7 +307,7 @@ def test_ten_steps_of_trl(tmp_path):
     pairs = common.load_preferences(str(data), tokenizer, "", 1024, 512)
     rows = common.read_rows(str(data), "")
     assert len(rows) == len(pairs)  # so that numbers of pairs are numbers of rows
-    order = [i for step in range(STEPS) for i in common.step_pairs(step, len(pairs), 32, seed=0)]
+    order = [i for step in range(STEPS) for i in tiny.step_pairs(step, len(pairs), 32)]
     config = DPOConfig(
         output_dir=str(tmp_path / "trl"),
         loss_type="sigmoid",

@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tiny import metrics
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import hdpo
@@ -50,16 +51,14 @@ class Killed(BaseException):
 
 def until(step: int, main, args) -> None:
     """Run main until it has logged this step: what a kill there leaves behind."""
-    real = common.log_metrics
 
-    def log_metrics(args, accelerator, row):
-        real(args, accelerator, row)
+    def log(_accelerator, row, **_):  # to the trackers, behind the line of metrics.jsonl
         if row["step"] == step:
             raise Killed
 
     patch = pytest.MonkeyPatch()
     with patch.context() as patched:
-        patched.setattr(common, "log_metrics", log_metrics)
+        patched.setattr(Accelerator, "log", log)
         with pytest.raises(Killed):
             main(args)
 
@@ -67,18 +66,12 @@ def until(step: int, main, args) -> None:
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take longer than the runs."""
-    monkeypatch.setattr(common, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(hdpo, "plot_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny.write_model(tmp_path_factory.mktemp("model") / "base")
-
-
-def arguments(folder, base, **changes):
-    options = {"model": str(base), "output_dir": str(folder / "run"), "tokens_per_device": 512, **changes}
-    (folder / "run").mkdir(exist_ok=True)
-    return hdpo.Args(**options)
 
 
 def load(base, lora=False, seed=None):
@@ -96,8 +89,15 @@ ROWS = tiny.pair_rows(40)
 USED = [i for i in range(40) if i % 4 != 3]
 
 
-def add(args, model, rows=ROWS, used=USED):
-    return common.add_reference(args, Accelerator(cpu=True), model, Dataset.from_list(rows), used, "train")
+def file_of(folder):
+    return folder / "run" / "reference" / "train.safetensors"
+
+
+def add(folder, model, rows=ROWS, used=USED, max_tokens=512):
+    Accelerator(cpu=True)
+    (folder / "run").mkdir(exist_ok=True)
+    with tiny.packed(model):
+        return common.reference_logps(model, Dataset.from_list(rows), used, file_of(folder), max_tokens)
 
 
 def live(model, rows=ROWS):
@@ -109,17 +109,17 @@ def live(model, rows=ROWS):
             for name in ("chosen_ids", "rejected_ids"):
                 logits = model(torch.tensor([row["prompt_ids"] + row[name]])).logits[0, len(row["prompt_ids"]) - 1 : -1]
                 sums.append(logits.log_softmax(-1).gather(1, torch.tensor(row[name])[:, None]).sum())
-    return torch.stack(sums).view(-1, 2)
+    return torch.stack(sums).double().view(-1, 2)
 
 
 def columns(dataset):
     return torch.tensor([dataset["ref_chosen_logps"], dataset["ref_rejected_logps"]], dtype=torch.float64).T
 
 
-def check_live(model, folder, base):
+def check_live(model, folder):
     """In each process: the pairs of the run have live log-probs, the others nan, and a batch carries them."""
     model.train()
-    dataset = add(arguments(folder, base), model)
+    dataset = add(folder, model)
     assert model.training
     stored, expected = columns(dataset), live(model)
     torch.testing.assert_close(stored[USED], expected[USED], rtol=1e-9, atol=1e-9)
@@ -140,9 +140,9 @@ def test_stored_equal_live(lora, processes, base, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     if processes == 1:
-        check_live(model, tmp_path, base)
+        check_live(model, tmp_path)
     else:
-        in_processes(check_live, model, tmp_path, base)
+        in_processes(check_live, model, tmp_path)
         assert [path.name for path in (tmp_path / "run" / "reference").iterdir()] == ["train.safetensors"]
 
 
@@ -150,12 +150,11 @@ def test_stored_equal_live(lora, processes, base, tmp_path, monkeypatch):
 # Reuse
 
 
-def again(folder, base, capsys, model=None, rows=ROWS, used=USED, **changes):
+def again(folder, capsys, model=None, rows=ROWS, used=USED, **options):
     """Ask for reference log-probs once more; True where the file was reused. They are right in any case."""
-    model = model or load(base)
-    path = folder / "run" / "reference" / "train.safetensors"
+    model, path = model or load(folder / "base"), file_of(folder)
     capsys.readouterr()
-    stored = columns(add(arguments(folder, base, **changes), model, rows, used))
+    stored = columns(add(folder, model, rows, used, **options))
     printed = capsys.readouterr().out
     torch.testing.assert_close(stored[used], live(model, rows)[used], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(load_file(path)["logps"], stored, equal_nan=True, rtol=0, atol=0)
@@ -167,14 +166,14 @@ def again(folder, base, capsys, model=None, rows=ROWS, used=USED, **changes):
 def stored(base, tmp_path):
     """A run's folder with the reference of ROWS; the model is a copy that a test may change."""
     copy = shutil.copytree(base, tmp_path / "base")
-    add(arguments(tmp_path, copy), load(copy))
+    add(tmp_path, load(copy))
     return tmp_path
 
 
 def test_reuse(stored, capsys):
     """The same model and pairs: the file is read, and says so; how rows are split does not matter."""
-    assert again(stored, stored / "base", capsys)
-    assert again(stored, stored / "base", capsys, tokens_per_device=4096)
+    assert again(stored, capsys)
+    assert again(stored, capsys, max_tokens=4096)
 
 
 def test_other_weights_under_the_same_name(stored, capsys):
@@ -185,8 +184,8 @@ def test_other_weights_under_the_same_name(stored, capsys):
     changed.save_pretrained(stored / "base")
     assert weights.stat().st_size == times.st_size
     os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert not again(stored, stored / "base", capsys)
-    assert again(stored, stored / "base", capsys)
+    assert not again(stored, capsys)
+    assert again(stored, capsys)
 
 
 def shorter(row):
@@ -206,44 +205,28 @@ def shorter(row):
     ids=["other data", "other truncation", "one token", "one more row", "fewer pairs", "more pairs"],
 )
 def test_other_pairs(rows, used, stored, capsys):
-    assert not again(stored, stored / "base", capsys, rows=rows, used=used)
+    assert not again(stored, capsys, rows=rows, used=used)
 
 
-def test_half_written(stored, base, capsys):
+def test_half_written(stored, capsys):
     """Cut anywhere, emptied, overwritten with something else, or left half-written beside."""
-    path = stored / "run" / "reference" / "train.safetensors"
+    path = file_of(stored)
     whole = path.read_bytes()
     lengths = (0, 1, 7, 8, 20, len(whole) // 2, len(whole) - 1)
     contents = [whole[:length] for length in lengths] + [b"{}" * 200, b"\xff" * 100]
     model = load(stored / "base")
     for content in contents:
         path.write_bytes(content)
-        assert not again(stored, stored / "base", capsys, model=model), content[:20]
+        assert not again(stored, capsys, model=model), content[:20]
         assert path.read_bytes() == whole
     path.with_suffix(".writing").write_bytes(whole[:100])
-    assert again(stored, stored / "base", capsys, model=model)
+    assert again(stored, capsys, model=model)
 
 
 def test_foreign_file(stored, capsys):
     """A whole safetensors file that this repo did not write has no fingerprint."""
-    save_file({"logps": torch.zeros(40, 2)}, stored / "run" / "reference" / "train.safetensors")
-    assert not again(stored, stored / "base", capsys)
-
-
-def test_ref_model(base, tmp_path, capsys):
-    """--ref-model's log-probs are stored, not the policy's, and the file belongs to that model."""
-    other = shutil.copytree(base, tmp_path / "other")
-    load(base, seed=5).float().save_pretrained(other)
-    model = load(base)
-    dataset = add(arguments(tmp_path, base, ref_model=str(other)), model)
-    torch.testing.assert_close(columns(dataset)[USED], live(load(other))[USED], rtol=1e-4, atol=1e-4)
-    assert (columns(dataset) - live(model))[USED].abs().max() > 1
-    assert not again(tmp_path, base, capsys, model=model)
-
-
-def test_no_such_ref_model(base, tmp_path):
-    with pytest.raises(SystemExit, match="cannot load .*'/no/such'"):
-        add(arguments(tmp_path, base, ref_model="/no/such"), load(base))
+    save_file({"logps": torch.zeros(40, 2)}, file_of(stored))
+    assert not again(stored, capsys)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,11 +251,6 @@ def run_args(out, base, data, **changes):
         **changes,
     }
     return hdpo.Args(**options)
-
-
-def metrics(out):
-    rows = common.read_metrics(hdpo.Args(output_dir=str(out)), 10**9)
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +284,7 @@ def test_resume(deleted, base, data, whole, tmp_path, capsys):
 def test_stored_pairs_are_those_of_the_run(base, data, whole):
     """24 of 30 pairs in 6 steps of 4, each in its place; the evaluation pairs all."""
     logps = load_file(whole / "reference" / "train.safetensors")["logps"]
-    used = sorted(i for step in range(6) for i in common.step_pairs(step, 30, 4, seed=0))
+    used = sorted(i for step in range(6) for i in tiny.step_pairs(step, 30, 4))
     assert (~logps[:, 0].isnan()).nonzero()[:, 0].tolist() == used and len(used) == 24
     assert not load_file(whole / "reference" / "eval.safetensors")["logps"].isnan().any()
 
@@ -328,12 +306,20 @@ def hdpo_start(row):
     return torch.tensor(2.0).log().item() - row["eval/rewards/margin"] / 2
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_frozen_model_keeps_what_autocast_keeps(tied):
-    """On a GPU: linear layers in bf16, but embeddings (a tied head with them) and norms in float32."""
-    model = common.freeze(tiny.model(dtype=torch.float32, tie_word_embeddings=tied).train(), torch.bfloat16)
-    kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    narrow = {name for name, kind in kinds.items() if kind == torch.bfloat16}
-    assert narrow == {name for name in kinds if "_proj" in name or name == "lm_head.weight"}
-    assert (model.lm_head.weight.dtype == torch.float32) == tied and not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+def test_ref_model(base, data, tmp_path, capsys):
+    """--ref-model's log-probs are stored, not the policy's, and the file belongs to that model."""
+    other = shutil.copytree(base, tmp_path / "other")
+    load(base, seed=5).float().save_pretrained(other)
+    hdpo.main(run_args(tmp_path / "run", base, data, ref_model=str(other)))
+    pairs = common.load_preferences(str(data / "train.jsonl"), AutoTokenizer.from_pretrained(base), "", 1024, 512)
+    rows, stored = pairs.to_list(), load_file(file_of(tmp_path))["logps"]
+    used = (~stored[:, 0].isnan()).nonzero()[:, 0].tolist()
+    torch.testing.assert_close(stored[used], live(load(other), rows)[used], rtol=1e-4, atol=1e-4)
+    assert (stored - live(load(base), rows))[used].abs().max() > 1
+    assert again(tmp_path, capsys, load(other).float(), rows, used)
+    assert not again(tmp_path, capsys, load(base), rows, used)
+
+
+def test_no_such_ref_model(base, data, tmp_path):
+    with pytest.raises(SystemExit, match="cannot load .*'/no/such'"):
+        hdpo.main(run_args(tmp_path / "run", base, data, ref_model="/no/such"))

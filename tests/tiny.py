@@ -1,5 +1,6 @@
 """Tokenizers, models and data small enough to be made in every test."""
 
+import contextlib
 import json
 import random
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import common
 
 ROOT = Path(__file__).parents[1]
 
@@ -72,19 +75,50 @@ def tokenizer(template: str | None = None, bos: bool = True, merges: bool = True
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 120}
 ROPE = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
 SLIDING = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}
-FAMILIES = {
+PACKABLE = {
     "llama": {**ROPE, "tie_word_embeddings": True},
     "mistral": {**ROPE, "sliding_window": 7},
     "qwen2": {**ROPE, "use_sliding_window": True, "max_window_layers": 1, "sliding_window": 7},
     "qwen3": ROPE,
     "gemma2": {**ROPE, **SLIDING, "query_pre_attn_scalar": 8},
     "gemma3_text": {**ROPE, **SLIDING, "query_pre_attn_scalar": 8},
+    "gpt_oss": {**ROPE, **SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo2": ROPE,
     "phi3": {**ROPE, "sliding_window": 7, "pad_token_id": 0},
+    "cohere": ROPE,
+    "granite": {**ROPE, "attention_multiplier": 0.2},
+    "smollm3": {**ROPE, "pad_token_id": 0},
+    "glm": {**ROPE, "pad_token_id": 0},
+    "starcoder2": {**ROPE, "sliding_window": 7},
+    "gpt_neox": {**SIZES, "intermediate_size": 48, "max_position_embeddings": 512},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 120, "n_positions": 512},
-    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 120},
-    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 120},
+    "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 512},
+    "qwen3_moe": {**ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
 }
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+LINEAR |= {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
+LINEAR |= {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
+NO_EXPERTS = {"num_local_experts": 0, "shared_intermediate_size": 48}
+ZAMBA = {"intermediate_size": 48, "num_key_value_heads": 4, "mamba_d_state": 8, "mamba_headdim": 16}
+ZAMBA |= {"n_mamba_heads": 4, "chunk_size": 16, "mamba_ngroups": 1, "num_mem_blocks": 1, "use_mem_rope": True}
+REFUSED = {
+    "falcon": SIZES,
+    "stablelm": ROPE,
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 120},
+    "mamba": {**SIZES, "state_size": 4},
+    "lfm2": {**ROPE, "layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {**ROPE, **LINEAR, **EXPERTS, "shared_expert_intermediate_size": 16},
+    "qwen3_5_text": {**ROPE, **LINEAR},
+    "olmo_hybrid": {**ROPE, **LINEAR, "pad_token_id": 0},
+    "granitemoehybrid": {**ROPE, **MAMBA, **NO_EXPERTS, "layer_types": ["mamba", "attention"]},
+    "bamba": {**ROPE, **MAMBA, "attn_layer_indices": [1]},
+    "falcon_h1": {**ROPE, **MAMBA, "mamba_d_ssm": 64},
+    "jamba": {**ROPE, "attn_layer_offset": 1, "attn_layer_period": 2, "num_experts": 2, "mamba_dt_rank": 4},
+    "zamba2": {**SIZES, **ZAMBA, "num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "mamba"]},
+}
+FAMILIES = {**PACKABLE, **REFUSED}
 
 
 def model(family: str = "llama", attention: str | None = None, dtype=torch.float64, seed: int = 0, **changes):
@@ -92,11 +126,24 @@ def model(family: str = "llama", attention: str | None = None, dtype=torch.float
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**FAMILIES[family], **changes})
     made = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+    if dtype == torch.float64 and any("experts" in name for name in FAMILIES[family]):
+        made.set_experts_implementation("eager")  # the grouped one has no float64
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if parameter.ndim > 1 and "conv" not in name:
                 parameter.normal_(0, 0.15)
     return made.eval()
+
+
+@contextlib.contextmanager
+def packed(*models):
+    """In this block the models attend as packed rows need it, before and behind it as in plain forwards."""
+    before = [model.config._attn_implementation for model in models]
+    for model in models:
+        model.set_attn_implementation(common.ATTENTION)
+    yield
+    for model, attention in zip(models, before):
+        model.set_attn_implementation(attention)
 
 
 def pair_rows(count: int = 6, seed: int = 0, vocabulary: int = 110) -> list[dict]:
@@ -128,11 +175,24 @@ def write_pairs(path: Path, count: int = 40, seed: int = 0) -> Path:
     return path
 
 
+def step_pairs(step: int, pairs: int, batch_size: int, seed: int = 0) -> list[int]:
+    """The pairs of a run's step: shuffled anew in each epoch, whose last incomplete batch is dropped."""
+    epoch, position = divmod(step, pairs // batch_size)
+    order = torch.randperm(pairs, generator=torch.Generator().manual_seed(seed + epoch))
+    return order.split(batch_size)[position].tolist()
+
+
 def write_model(folder: Path, template: str | None = None, **changes) -> Path:
     tokens = tokenizer(template)
     model("llama", dtype=torch.float32, vocab_size=len(tokens), **changes).save_pretrained(folder)
     tokens.save_pretrained(folder)
     return folder
+
+
+def metrics(run: Path) -> list[dict]:
+    """Rows of metrics.jsonl without the one number that time decides."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
 
 
 def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
