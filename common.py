@@ -18,6 +18,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from accelerate import PartialState
@@ -33,7 +34,7 @@ from tqdm import tqdm
 from transformers import AttentionInterface
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """End the run with exit code 1 and one line on stderr; for mistakes that the user can mend, so no traceback."""
     raise SystemExit(f"error: {' '.join(message.split())}")
 
@@ -46,7 +47,7 @@ def failing(message: str):
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # torn files, unknown names and the network surface as errors of many libraries
-        fail(f"{message}: {error or type(error).__name__}")
+        fail(f"{message}: {str(error) or type(error).__name__}")
 
 
 def load_preferences(source: str, tokenizer, split: str, max_length: int, max_prompt_length: int) -> Dataset:
@@ -159,7 +160,7 @@ def chat_texts(prompt, chosen, rejected, row: dict, where: str, tokenizer) -> tu
         fail(f'{where}: "chosen" and "rejected" have no leading turn in common and there is no "prompt"')
     if prompt[-1]["role"] == "assistant":
         return "the prompt ends with the assistant's own turn"
-    tools, given = row.get("tools") or None, [row[n] or {} for n in row if n.startswith("chat_template_")]  # TRL's
+    tools, given = row.get("tools") or None, [row[n] or {} for n in row if n.startswith("chat_template_k")]  # TRL's
     options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "tokenize": False} | dict(*given)
     try:
         start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
@@ -284,13 +285,11 @@ def micro_batches(pairs: list[int], lengths: list[int], max_tokens: int, num_pro
     """Pairs of the given lengths -> [process][micro-batch][pair], of at most max_tokens tokens (or one pair) each.
     Shares are equal in number and close in tokens, with as many micro-batches; an empty one runs with weight zero.
     """
-    plans, ordered = [], sorted(pairs, key=lambda pair: -lengths[pair])
-    for rank in range(num_processes):
-        plans.append([])
-        for pair in ordered[rank::num_processes]:
-            if not plans[-1] or sum(lengths[i] for i in plans[-1][-1]) + lengths[pair] > max_tokens:
-                plans[-1].append([])
-            plans[-1][-1].append(pair)
+    plans, deal = [[] for _ in range(num_processes)], [*range(num_processes), *reversed(range(num_processes))]
+    for number, pair in enumerate(sorted(pairs, key=lambda pair: -lengths[pair])):
+        plan = plans[deal[number % len(deal)]]
+        fits = (own for own in plan[-32:] if sum(lengths[i] for i in own) + lengths[pair] <= max_tokens)
+        (next(fits, None) or plan.append([]) or plan[-1]).append(pair)  # to the first that has room, or to a new one
     return [plan + [[]] * (max(map(len, plans)) - len(plan)) for plan in plans]
 
 
@@ -336,7 +335,8 @@ AttentionInterface.register(ATTENTION, packed_attention)  # and no mask of that 
 
 def flash_takes(query: Tensor, value: Tensor) -> bool:
     """What FlashAttention in torch computes; everything else goes segment by segment."""
-    fits = query.shape[-1] == value.shape[-1] <= 256 and value.dtype in (torch.bfloat16, torch.float16)
+    size, half = query.shape[-1], value.dtype in (torch.bfloat16, torch.float16)
+    fits = half and size == value.shape[-1] <= 256 and size % 8 == 0
     return fits and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
@@ -422,11 +422,9 @@ def check_packing(model, dataset: Dataset, device) -> None:
     bare = getattr(bare, "get_base_model", lambda: bare)()  # out of DDP, and out of its adapters
     name, training, lengths = type(bare).__name__.removeprefix("FSDP"), model.training, pair_lengths(dataset)
     advice, longest = "use a plain decoder such as Llama, Mistral or Qwen", dataset[lengths.index(max(lengths))]
-    tokens, draw = sorted({token for ids in longest.values() for token in ids}), random.Random(0).choices
-    shapes = {part: (len(ids), 16) for part, ids in longest.items()}
-    rows = first, second = [
-        {part: draw(tokens, k=max(8, length[n])) for part, length in shapes.items()} for n in (0, 1)
-    ]
+    sizes = {name: max(8, len(ids)) for name, ids in longest.items() if name.endswith("_ids")}
+    tokens, draw = sorted({token for name in sizes for token in longest[name]}), random.Random(0).choices
+    rows = first, second = [{name: draw(tokens, k=size) for name, size in sizes.items()} for _ in range(2)]
     for row in rows:  # so that the responses share no beginning
         row["rejected_ids"][0] = tokens[tokens[0] == row["chosen_ids"][0]]
     chosen, pair = len(first["chosen_ids"]), len(first["chosen_ids"] + first["rejected_ids"])
@@ -451,7 +449,8 @@ def check_packing(model, dataset: Dataset, device) -> None:
         fail(f"{name} gives log-probs that are no numbers (nan or inf) before any training; its weights are broken")
     exchanged = (other(first, "chosen_ids"), second), (other(first), second), (first, other(second))
     one, both, later = ((logps(*pairs) - found).abs() for pairs in exchanged)
-    if torch.cat([one[chosen:], both[pair:]]).max() > 4 * later[:pair].max():
+    bound = 4 * (later[:pair].max() + torch.finfo(found.dtype).eps * found.abs().max())
+    if torch.cat([one[chosen:], both[pair:]]).max() > bound:
         fail(f"{name} lets a response see what is packed before it, as recurrent layers and convolutions do; {advice}")
     for attention in ("eager", "sdpa"):
         with contextlib.suppress(ValueError, ImportError):  # where scores are capped or share sinks there is no sdpa
@@ -485,13 +484,13 @@ def reference_logps(model, dataset: Dataset, pairs: list[int], path: Path, max_t
     if stored is None:
         used, stored = dataset.select(pairs), torch.full((len(dataset), 2), math.nan, dtype=torch.float64)
         plan = micro_batches([*range(len(used))], pair_lengths(used), max_tokens, state.num_processes)
-        sums = torch.zeros(len(used), 2, dtype=torch.float64, device=state.device)
+        logps = torch.zeros(len(used), 2, dtype=torch.float64, device=state.device)
         model.eval()
         for indices in tqdm(plan[state.process_index], "reference", disable=not state.is_local_main_process):
             batch = collate([used[i] for i in indices or [0]]).to(state.device)
-            sums[indices] = torch.stack(response_logps(model, batch), 1).double()[: len(indices)]
+            logps[indices] = torch.stack(response_logps(model, batch), 1).double()[: len(indices)]
         model.train(training)
-        stored[pairs] = reduce(sums, "sum").cpu()
+        stored[pairs] = reduce(logps, "sum").cpu()
         if state.is_main_process:
             path.parent.mkdir(exist_ok=True)
             save_file({"logps": stored}, path.with_suffix(".writing"), mark)

@@ -104,7 +104,6 @@ def adaptive_beta(
     logratios: Tensor, logratios_minus: Tensor, logratios_plus: Tensor, beta: float | Tensor, epsilon: float
 ) -> Tensor:
     """beta of each pair (Eq. 1-5).
-
     logratios: R, log pi(y_w|x) - log pi(y_l|x), (pairs,); _minus and _plus the same under the policies at
     beta / (1 + epsilon) and beta / (1 - epsilon). Both inequalities are strict: a tie keeps beta. Returns (pairs,).
     """
@@ -136,8 +135,7 @@ def perturbed_logps(logits: Tensor, ref_logits: Tensor, targets: Tensor, epsilon
     wide = torch.promote_types(logits.dtype, torch.float32)
     f, f0 = logits.to(wide), ref_logits.to(wide)
     d, pi = f - f0, f.softmax(-1)  # (tokens, vocab)
-    index = targets[:, None]
-    own = d.gather(1, index)[:, 0]  # (tokens,)
+    own = d.gather(1, targets[:, None])[:, 0]  # (tokens,)
 
     def log_mean_exp(scale: float) -> Tensor:  # log E_pi[exp(scale d)]
         return torch.linalg.vecdot(pi, (scale * d).expm1_()).log1p()
@@ -145,7 +143,7 @@ def perturbed_logps(logits: Tensor, ref_logits: Tensor, targets: Tensor, epsilon
     minus = epsilon * own - log_mean_exp(epsilon)
     plus = -epsilon * own - log_mean_exp(-epsilon)
     kl = torch.linalg.vecdot(pi, d) + log_mean_exp(-1.0)
-    return minus, plus, f0.gather(1, index)[:, 0] - f0.logsumexp(-1), kl
+    return minus, plus, f0.gather(1, targets[:, None])[:, 0] - f0.logsumexp(-1), kl
 
 
 def freeze(model, dtype: torch.dtype):
@@ -214,14 +212,15 @@ def check_output_dir(args: Args) -> None:
     before = json.loads((folder / "args.json").read_text()) if taken and args.resume else {}
     free = MAY_DIFFER - ({"tokens_per_device"} if args.lora_dropout else set())  # what is dropped depends on the rows
     for name, now in vars(args).items():
-        if name in before and name not in free and now != before[name]:
-            fail(f"--resume with --{name.replace('_', '-')} {now}, but {folder} was started with {before[name]}")
+        if before and name not in free and now != before.get(name):
+            fail(f"--resume with --{name.replace('_', '-')} {now}, but {folder} was started with {before.get(name)}")
 
 
 def plot_curves(path: Path, history: list[dict]) -> None:
     """The metrics of PANELS over the steps: training as lines, evaluation as lines with dots."""
+    plt.switch_backend("Agg")
     panels = [[key for name in names.split() for key in (name, f"eval/{name}")] for names in PANELS]
-    panels = [[key for key in keys if key in history[-1]] for keys in panels if {*keys} & {*history[-1]}]
+    panels = list(filter(None, ([key for key in keys if any(key in row for row in history)] for keys in panels)))
     figure, axes = plt.subplots(len(panels), figsize=(7, 2.5 * len(panels)), layout="tight")
     for axis, keys in zip(axes, panels):
         for key in keys:
@@ -278,8 +277,8 @@ def main(args: Args) -> None:
 
     def step_pairs(step: int) -> list[int]:  # shuffled anew in each epoch, whose last incomplete batch is dropped
         epoch, position = divmod(step, steps_per_epoch)
-        order = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(args.seed + epoch)).tolist()
-        return order[position * args.batch_size :][: args.batch_size]
+        order = torch.randperm(len(train_data), generator=torch.Generator().manual_seed(args.seed + epoch))
+        return order[position * args.batch_size :][: args.batch_size].tolist()
 
     # Model. Trained weights are float32: a step of 5e-7 on a bf16 weight is lost in rounding. Weights that stay frozen
     # under LoRA are bf16 on a GPU. The model's own dropout is off, so that policy and reference agree at step 0.
@@ -291,8 +290,8 @@ def main(args: Args) -> None:
         vars(module).update(dict.fromkeys(off + ["p"] * isinstance(module, torch.nn.Dropout), 0.0))
     if args.lora_rank:
         torch.manual_seed(args.seed)
-        lora = {"r": args.lora_rank, "lora_alpha": args.lora_rank, "lora_dropout": args.lora_dropout}
-        lora = LoraConfig(**lora, target_modules="all-linear", task_type="CAUSAL_LM")
+        sizes = {"r": args.lora_rank, "lora_alpha": args.lora_rank, "lora_dropout": args.lora_dropout}
+        lora = LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM")
         model = get_peft_model(model, lora)
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -305,6 +304,9 @@ def main(args: Args) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones
     warmup_steps = round(args.warmup * total_steps if args.warmup < 1 else args.warmup)
     schedule = get_scheduler(args.schedule, optimizer, warmup_steps, total_steps)  # a prepared one steps per process
+    # Gradients and moments come with the first step; whether there is room for them shows now.
+    local = sum(p.numel() for p in trained) // (accelerator.num_processes if fsdp else 1)
+    torch.empty(local, 3 if args.optimizer == "adamw" else 2, dtype=torch.float32, device=accelerator.device)
     common.check_packing(model, train_data, accelerator.device)
     accelerator.print(
         f"model {args.model}: {sum(p.numel() for p in trained) / 1e6:,.2f}M trained parameters on "
@@ -320,7 +322,8 @@ def main(args: Args) -> None:
 
     # The output directory: a new run, or the last checkpoint of the one to resume
     folder, data, quiet = Path(args.output_dir), common.fingerprint(train_data), not accelerator.is_local_main_process
-    checkpoints = sorted(folder.glob("checkpoints/step-*")) if args.resume else []
+    resumed = args.resume and (folder / "metrics.jsonl").exists()  # else killed before it began, or as it was deleted
+    checkpoints = sorted(folder.glob("checkpoints/step-*")) if resumed else []
     state = json.loads((checkpoints[-1] / "state.json").read_text()) if checkpoints else {"step": 0, "data": data}
     if state["data"] != data:
         fail(f"--resume: the pairs are not the ones that the run in {folder} was started with")
@@ -334,9 +337,8 @@ def main(args: Args) -> None:
     accelerator.wait_for_everyone()
     accelerator.init_trackers(folder.name, config=vars(args))
     # ALGO: begin
-    # The reference's logits are needed at every step: the model with its adapters off, or a frozen second model.
     if args.lora_rank and not args.ref_model:
-        reference = accelerator.unwrap_model(model)
+        reference = accelerator.unwrap_model(model)  # with its adapters off
     else:
         source, dtype = args.ref_model or args.model, torch.bfloat16 if fsdp or args.lora_rank else torch.float32
         with failing(f"cannot load {source!r}"):
@@ -427,7 +429,6 @@ def main(args: Args) -> None:
         state["beta"] = row["beta"]
         # ALGO: end
         row["tokens_per_second"] = sum(lengths[i] for i in pairs) / (time.perf_counter() - started)
-
         done = step + 1 == total_steps
         if eval_data and (done or (step + 1) % args.eval_every == 0):
             row |= evaluate()

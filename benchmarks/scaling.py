@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
 
 TOKENS = (512, 1024, 2048, 4096, 8192)
-TURNS = 5
+TURNS = 3
 
 
 def seconds(model, rows: list[dict], plan: list[list[int]]) -> float:

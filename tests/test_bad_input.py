@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 import dgpo
+import hdpo
 
 PAIR = {"prompt": "1+1=", "chosen": "2", "rejected": "3"}
 USER, GOOD, BAD = ({"role": role, "content": text} for role, text in zip(("user", "assistant", "assistant"), "abc"))
@@ -251,6 +252,28 @@ def test_resume_with_other_arguments(made, tmp_path):
         assert f"--resume with {flags[0]} {flags[1]}" in message and "was started with" in message
     assert snapshot(tmp_path / "out") == before
     dgpo.main(tyro.cli(dgpo.Args, args=[*base, "--resume", "--tokens-per-device=64", "--save-every=1"]))
+
+
+def test_resume_of_another_scripts_run(made, tmp_path):
+    """Flags that the stored run has not are other flags."""
+    base = [f"--model={made / 'model'}", f"--dataset={made / 'pairs.jsonl'}", f"--output-dir={tmp_path / 'out'}"]
+    base += ["--batch-size=4", "--max-prompt-length=100", "--max-length=200"]
+    dgpo.main(tyro.cli(dgpo.Args, args=base))
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(SystemExit, match="--resume with --alpha 0.95, but .* was started with None"):
+        hdpo.main(tyro.cli(hdpo.Args, args=[*base, "--beta=2.5", "--train-split=train_prefs", "--resume"]))
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_resume_of_a_run_that_was_half_deleted(made, tmp_path):
+    """Killed while --overwrite deleted it: metrics.jsonl goes first, so what is left is begun anew."""
+    base = [f"--model={made / 'model'}", f"--dataset={made / 'pairs.jsonl'}", f"--output-dir={tmp_path / 'out'}"]
+    base += ["--batch-size=4", "--max-prompt-length=100"]
+    dgpo.main(tyro.cli(dgpo.Args, args=base))
+    (tmp_path / "out/metrics.jsonl").unlink()
+    (tmp_path / "out/checkpoints/step-00000002/state.json").unlink()
+    dgpo.main(tyro.cli(dgpo.Args, args=[*base, "--resume"]))
+    assert [json.loads(line)["step"] for line in (tmp_path / "out/metrics.jsonl").open()] == [0, 1, 2]
 
 
 def test_loss_that_is_no_number(made, tmp_path):

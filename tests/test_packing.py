@@ -109,10 +109,10 @@ def test_branch_for_cuda(family, wide, monkeypatch):
 @pytest.mark.parametrize(
     "size, value_size, dtype, takes",
     [(128, 128, torch.bfloat16, True), (256, 256, torch.float16, True), (64, 64, torch.float32, False),
-     (288, 288, torch.bfloat16, False), (192, 128, torch.bfloat16, False)],
+     (288, 288, torch.bfloat16, False), (192, 128, torch.bfloat16, False), (100, 100, torch.bfloat16, False)],
 )  # fmt: skip
 def test_what_flash_attention_takes(size, value_size, dtype, takes, monkeypatch):
-    """Half precision, heads up to 256 and of one size, and a card of compute capability 8 at least."""
+    """Half precision, heads of one size, a multiple of 8 up to 256, and a card of compute capability 8 at least."""
     query = torch.empty(1, 4, 3, size, dtype=dtype)
     value = torch.empty(1, 4, 3, value_size, dtype=dtype)
     assert not common.flash_takes(query, value)
@@ -343,6 +343,6 @@ def test_micro_batches(processes, tokens):
     assert len(plans) == processes and len({len(plan) for plan in plans}) == 1
     assert all(sum(bool(i) * len(i) for i in plan) == 12 // processes for plan in plans)
     loads = [sum(lengths[i] for indices in plan for i in indices) for plan in plans]
-    assert max(loads) - min(loads) <= max(lengths)
+    assert max(loads) - min(loads) <= 24  # dealt back and forth; round and round it would be 50 for four processes
     for indices in (indices for plan in plans for indices in plan):
         assert sum(lengths[i] for i in indices) <= tokens or len(indices) == 1

@@ -182,9 +182,9 @@ def step_pairs(step: int, pairs: int, batch_size: int, seed: int = 0) -> list[in
     return order.split(batch_size)[position].tolist()
 
 
-def write_model(folder: Path, template: str | None = None, **changes) -> Path:
+def write_model(folder: Path, template: str | None = None, dtype=torch.float32, **changes) -> Path:
     tokens = tokenizer(template)
-    model("llama", dtype=torch.float32, vocab_size=len(tokens), **changes).save_pretrained(folder)
+    model("llama", dtype=dtype, vocab_size=len(tokens), **changes).save_pretrained(folder)
     tokens.save_pretrained(folder)
     return folder
 
