@@ -1,6 +1,6 @@
 """What a token costs as rows grow: forward and backward of the same pairs, in rows of at most 512 to 8,192 tokens.
 
-    python benchmarks/scaling.py        (two CPU cores, about four minutes)
+    python benchmarks/scaling.py        (two CPU cores, about two minutes)
 
 Attention runs over segments (common.packed_attention), so a longer row should cost no more a token: at 8,192 tokens at
 most 1.15 times the cost at 512. All lengths take turns; a ratio is the median over the turns.
