@@ -1,6 +1,6 @@
-"""What the five scripts share: preference data -> token ids -> packed micro-batches -> log-prob of each response.
+"""Preference pairs as token ids -> packed micro-batches -> log-prob of each response; all that the five scripts share.
 
-    load_preferences    any of TRL's preference formats or Anthropic's HH, from the hub or a local file
+    load_preferences    any of TRL's preference formats or Anthropic's HH as token ids: preferences.py
     collate             pairs -> one row of tokens `prompt + chosen + rejected | prompt + chosen + ...`, without padding
     response_logps      one forward over that row -> summed log-probs of every chosen and every rejected response
 
@@ -9,216 +9,29 @@ are those of one plain forward a sequence; `check_packing` tries it on the real 
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import random
-import re
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
 
+import pyarrow.compute as pc
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from datasets import Dataset, Features, List, Value, concatenate_datasets, load_dataset
-from jinja2 import TemplateError
+from datasets import Dataset, concatenate_datasets
+from peft import AutoPeftModelForCausalLM
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from tqdm import tqdm
-from transformers import AttentionInterface
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.utils import find_adapter_config_file
 
-
-def fail(message: str) -> NoReturn:
-    """End the run with exit code 1 and one line on stderr; for mistakes that the user can mend, so no traceback."""
-    raise SystemExit(f"error: {' '.join(message.split())}")
-
-
-@contextlib.contextmanager
-def failing(message: str):
-    """What a library raises in this block ends the run with this message and the library's own, in one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # torn files, unknown names and the network surface as errors of many libraries
-        fail(f"{message}: {str(error) or type(error).__name__}")
-
-
-def load_preferences(source: str, tokenizer, split: str, max_length: int, max_prompt_length: int) -> Dataset:
-    """Preference pairs as a Dataset with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int).
-    source is a local .json, .jsonl or .parquet file, or a data set on the hub, of which `split` is taken. Rows have
-    `chosen` and `rejected`, and where those do not contain it a `prompt`: text, or lists of {"role", "content"}
-    messages, which go through the tokenizer's chat template. SystemExit names file, row and column of what is wrong.
-    prompt + response is the tokenized whole, cut behind its end token; a token that straddles the border belongs to the
-    responses. A pair longer than max_length keeps the last max_prompt_length tokens of its prompt (and the BOS), then
-    the responses lose their ends. Pairs that teach nothing are dropped, and how many of which kind is printed.
-    """
-    rows, state = read_rows(source, split), PartialState()
-    columns = Features({name: List(Value("int32")) for name in ("prompt_ids", "chosen_ids", "rejected_ids")})
-    tables, dropped, truncated = [], Counter(), 0
-    for start in tqdm(range(0, len(rows), 1000), "tokenizing", disable=not state.is_local_main_process):
-        texts, table = [], {name: [] for name in columns}
-        for number in range(start, min(start + 1000, len(rows))):
-            found = to_texts(rows[number], f"{source} row {number + 1}", tokenizer)
-            dropped.update([found]) if isinstance(found, str) else texts.extend(found)
-        ids = iter(encode(tokenizer, texts))
-        for whole in zip(ids, ids, ids):
-            found, too_long = cut_ids(*whole, tokenizer.bos_token_id, max_length, max_prompt_length)
-            dropped.update([found]) if isinstance(found, str) else [table[n].append(v) for n, v in zip(columns, found)]
-            truncated += too_long
-        tables.append(Dataset.from_dict(table, columns))
-    dataset = concatenate_datasets(tables)
-    reasons = "".join(f", {count} dropped: {reason}" for reason, count in sorted(dropped.items()))
-    state.print(f"{source}: {len(dataset)} of {len(rows)} pairs kept, {truncated} truncated{reasons}")
-    if not len(dataset):
-        fail(f"{source}: none of its {len(rows)} rows is a usable pair ({', '.join(dropped)}, max length {max_length})")
-    return dataset
-
-
-def read_rows(source: str, split: str) -> list[dict] | Dataset:
-    """The rows of a file or of a hub data set; json is read here because `datasets` does not name the row at fault."""
-    path, kind = Path(source), Path(source).suffix
-    file = kind in (".json", ".jsonl", ".parquet")
-    if file != path.is_file():
-        fail(f"{source}: {'no such file' if file else 'expected a .json, .jsonl or .parquet file or a hub data set'}")
-    if kind in (".json", ".jsonl"):
-        with failing(source):
-            text, rows = path.read_text(encoding="utf-8").strip(), []
-        for number, line in enumerate((text.split("\n") if kind == ".jsonl" else [text]) if text else [], start=1):
-            with failing(f"{source} row {number}: not JSON" if line else f"{source}: row {number} is empty"):
-                rows.append(json.loads(line))
-        if kind == ".json" and rows:
-            rows = rows[0] if isinstance(rows[0], list) else fail(f"{source}: expected a list of rows")
-    elif file:
-        with failing(f"{source}: not a readable parquet file"):
-            rows = load_dataset("parquet", data_files=source, split="train")
-    else:
-        with failing(f"cannot load split {split!r} of data set {source!r}"):
-            rows = load_dataset(source, split=split)
-    return rows if len(rows) else fail(f"{source}: it is empty")
-
-
-def to_texts(row: dict, where: str, tokenizer) -> tuple[str, str, str] | str:
-    """(prompt, prompt + chosen, prompt + rejected) as the model will see them, or the reason to drop the pair."""
-    if not isinstance(row, dict):
-        fail(f"{where}: expected an object with prompt, chosen and rejected, found {type(row).__name__}")
-    for column in ("chosen", "rejected", *(["prompt"] if row.get("prompt") is not None else [])):
-        if column not in row:
-            fail(f'{where}: no column "{column}" (found: {", ".join(row) or "none"})')
-        value, kind = row[column], "a number" if isinstance(row[column], int | float) else type(row[column]).__name__
-        if isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
-            if not all(isinstance(message.get("content"), str) for message in value):
-                fail(f'{where}: a message of "{column}" has no text as its "content"')
-        elif not isinstance(value, str):
-            fail(f'{where}: "{column}" is {kind}, expected text or a list of messages')
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        fail(f'{where}: one of "chosen" and "rejected" is text and the other a list of messages')
-    if isinstance(chosen, list):
-        return chat_texts(prompt, chosen, rejected, row, where, tokenizer)
-    if isinstance(prompt, list):
-        fail(f'{where}: "prompt" is a list of messages, but "chosen" is text')
-    whole = [(prompt or "") + text for text in (chosen, rejected)]
-    if tokenizer.chat_template and whole[0].startswith("\n\nHuman:"):  # HH; other models get the text as it stands
-        return chat_texts(None, *map(hh_messages, whole), row, where, tokenizer)
-    if prompt is None:
-        prompt = os.path.commonprefix(whole)
-        if chosen.startswith("\n\nHuman:"):
-            prompt = prompt[: prompt.rfind("\n\nAssistant:") + len("\n\nAssistant:")]
-            if not prompt.endswith("\n\nAssistant:"):
-                return "the questions differ"
-        prompt = prompt.rstrip(" ")  # the space before a word belongs to its token
-    if not all(text[len(prompt) :].strip() for text in whole):
-        return "empty response"
-    eos = tokenizer.eos_token or ""
-    return prompt, *(text.removesuffix(eos) + eos for text in whole)
-
-
-def chat_texts(prompt, chosen, rejected, row: dict, where: str, tokenizer) -> tuple[str, str, str] | str:
-    """to_texts of lists of messages; prompt is one too, or a string, or None."""
-    if tokenizer.chat_template is None:
-        fail(f"{where}: conversational data, but the tokenizer has no chat template; use an instruct model or text")
-    turns = common_prefix(chosen, rejected)
-    if isinstance(prompt, list):
-        turns = len(prompt) * (chosen[: len(prompt)] == rejected[: len(prompt)] == prompt)
-    elif turns == len(chosen) == len(rejected):
-        return "chosen equals rejected"
-    else:  # beside whole conversations a prompt string is only a label; beside lone answers it is the question
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and not turns else chosen[:turns]
-    responses = chosen[turns:], rejected[turns:]
-    if not all("".join(message["content"] for message in response).strip() for response in responses):
-        return "empty response"
-    if any(message["role"] == "user" for response in responses for message in response):
-        return "a response holds a user's turn"
-    if not prompt:
-        fail(f'{where}: "chosen" and "rejected" have no leading turn in common and there is no "prompt"')
-    if prompt[-1]["role"] == "assistant":
-        return "the prompt ends with the assistant's own turn"
-    tools, given = row.get("tools") or None, [row[n] or {} for n in row if n.startswith("chat_template_k")]  # TRL's
-    options = {"tools": json.loads(tools) if isinstance(tools, str) else tools, "tokenize": False} | dict(*given)
-    try:
-        start = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, **options)
-        whole = [tokenizer.apply_chat_template(prompt + response, **options) for response in responses]
-        if not all(text.startswith(start) for text in whole):
-            # Some templates open the answer differently when they ask for one (say, with an empty thought).
-            start = os.path.commonprefix([start, *whole])
-            if not start.startswith(tokenizer.apply_chat_template(prompt, **options)):
-                fail(f"{where}: the chat template writes the prompt differently when the answer follows")
-    except TemplateError:
-        return "the chat template refuses it"
-    # Cut what a template writes behind the end token (a newline, mostly); add the end token where it writes none.
-    ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
-    return start, *(t.rstrip() if t.rstrip().endswith(ends) else t + (tokenizer.eos_token or "") for t in whole)
-
-
-def hh_messages(text: str) -> list[dict]:
-    turns, roles = re.split(r"\n\n(Human|Assistant):", text), {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[role], "content": said.strip()} for role, said in zip(turns[1::2], turns[2::2])]
-
-
-def encode(tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text, with one BOS where the tokenizer uses one in plain text: templates disagree on it."""
-    ids, bos = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [], tokenizer.bos_token_id
-    used = bos is not None and tokenizer("a")["input_ids"][0] == bos
-    return [[bos, *row] if used and row[:1] != [bos] else row for row in ids]
-
-
-def cut_ids(prompt, chosen, rejected, bos: int | None, max_length: int, max_prompt_length: int) -> tuple:
-    """Ids of the prompt and of both wholes -> ids of prompt, chosen, rejected or the reason to drop them; too long?"""
-    shared = common_prefix(prompt, chosen, rejected)
-    prompt, chosen, rejected = prompt[:shared], chosen[shared:], rejected[shared:]
-    if chosen == rejected:
-        return "chosen equals rejected", False
-    too_long = shared + max(len(chosen), len(rejected)) > max_length
-    if too_long:
-        start = prompt[: prompt[:1] == [bos]]
-        prompt = start + prompt[max(len(start), shared - max_prompt_length + len(start)) :]
-        chosen, rejected = (ids[: max(0, max_length - len(prompt))] for ids in (chosen, rejected))
-    if not prompt:
-        return "empty prompt", too_long
-    if chosen == rejected or not chosen or not rejected:
-        return "nothing left to compare after truncation", too_long
-    return (prompt, chosen, rejected), too_long
-
-
-def common_prefix(*lists: list) -> int:
-    """Length of the longest common beginning."""
-    same = (all(item == items[0] for item in items) for items in zip(*lists))
-    return next((n for n, equal in enumerate(same) if not equal), min(map(len, lists)))
-
-
-def fingerprint(dataset: Dataset, *more) -> str:
-    """A hash of the pairs' token ids, and so of data, tokenizer, template and truncation."""
-    digest = hashlib.sha256(json.dumps(more).encode())
-    for row in dataset:
-        digest.update(json.dumps(row).encode())
-    return digest.hexdigest()
+from preferences import common_prefix, fail, failing, fingerprint
+from preferences import load_preferences as load_preferences
 
 
 @dataclass
@@ -278,7 +91,10 @@ def collate(rows: list[dict], parts: tuple[str, ...] = ("chosen", "rejected")) -
 
 def pair_lengths(dataset: Dataset) -> list[int]:
     """Tokens of each pair in a packed row, at most."""
-    return [sum(map(len, ids)) for ids in zip(*(dataset[f"{name}_ids"] for name in ("prompt", "chosen", "rejected")))]
+    table = dataset.with_format("arrow")[:]
+    return sum(
+        pc.list_value_length(table[f"{part}_ids"]).to_numpy() for part in ("prompt", "chosen", "rejected")
+    ).tolist()
 
 
 def micro_batches(pairs: list[int], lengths: list[int], max_tokens: int, num_processes: int) -> list[list[list[int]]]:
@@ -291,6 +107,30 @@ def micro_batches(pairs: list[int], lengths: list[int], max_tokens: int, num_pro
         fits = (own for own in plan[-32:] if sum(lengths[i] for i in own) + lengths[pair] <= max_tokens)
         (next(fits, None) or plan.append([]) or plan[-1]).append(pair)  # to the first that has room, or to a new one
     return [plan + [[]] * (max(map(len, plans)) - len(plan)) for plan in plans]
+
+
+MODELS = "docs/models.md lists what can be trained"
+
+
+def load_model(path: str, dtype):
+    """The causal language model in path, a directory or a name on the hub; SystemExit where it is none. Of an adapter,
+    its base with the adapter merged. Where a model has towers for images or sound, which text does not reach, these are
+    frozen. It is in evaluation mode, in which nothing is random whatever a model calls it: train in it, too.
+    """
+    with failing(f"cannot load {path!r}"):
+        if find_adapter_config_file(path):
+            model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload().eval()
+        elif type(config := AutoConfig.from_pretrained(path)) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        else:
+            raise ValueError(f"{config.model_type} is no causal language model ({MODELS})")
+    towers = model.config.get_text_config() is not model.config
+    model.requires_grad_(not towers)
+    for part in (model.get_decoder(), model.get_output_embeddings()) if towers else ():
+        part.requires_grad_(True)
+    kinds = {type(module).__name__ for module in model.modules()}  # accelerate shards by these and misses what is named
+    model._no_split_modules = [kind for kind in model._no_split_modules or () if kind in kinds]
+    return model
 
 
 ATTENTION = "packed_pairs"  # model.set_attn_implementation(ATTENTION) makes a model ready for response_logps
@@ -308,9 +148,9 @@ def packed_attention(module, query, key, value, attention_mask, *, packed=None, 
     if packed is None:
         raise ValueError(f"{type(module).__name__} got no packed batch: none was given, or its model hands none down")
     unknown = [n for n, v in layer.items() if n not in IDLE and v is not None and (n, v) != ("is_causal", True)]
-    if unknown or attention_mask is not None or dropout:
-        unknown = ", ".join(unknown) or "a mask or dropout"
-        raise ValueError(f"{type(module).__name__} asks for {unknown}, which packed attention does not have")
+    unknown += ["a mask"] * (attention_mask is not None) + ["dropout"] * bool(dropout)
+    if unknown:
+        raise ValueError(f"{type(module).__name__} asks for {', '.join(unknown)}, which packed attention does not have")
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast rotary embeddings are float32
     key, value = (x.index_select(2, packed.keys) for x in (key, value))  # segment after segment
     plain = softcap is None and sinks is None
@@ -371,7 +211,8 @@ def response_logits(model, batch: PreferenceBatch) -> Tensor:
     # bf16 on CUDA, elsewhere as the caller has it; accelerate's own autocast would copy all logits to float32.
     device = batch.input_ids.device.type
     with torch.autocast(device, torch.bfloat16, device == "cuda" or torch.is_autocast_enabled(device)):
-        return model(**inputs, packed=batch, use_cache=False).logits.squeeze(0)  # the gradient of [0] would be a copy
+        logits = model(**inputs, packed=batch, use_cache=False, output_router_logits=False).logits
+    return logits.squeeze(0)  # the gradient of [0] would be a copy
 
 
 class TokenLogps(torch.autograd.Function):
@@ -410,21 +251,32 @@ def response_logps(model, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     return sum_responses(token_logps(response_logits(model, batch), batch.targets), batch)
 
 
+def add_rounding(_module, _inputs, out: Tensor) -> Tensor:
+    """A forward hook: each value off by what its type, or autocast's, cannot tell."""
+    kind = torch.get_autocast_dtype(out.device.type) if torch.is_autocast_enabled(out.device.type) else out.dtype
+    errors = torch.rand(out.shape, generator=torch.Generator().manual_seed(0)).to(out) - 0.5
+    return out * (1 + torch.finfo(kind).eps * errors)
+
+
 @torch.no_grad()
-def check_packing(model, dataset: Dataset, device) -> None:
-    """Make ATTENTION the model's, and refuse it where packed rows would train it wrongly: SystemExit with its name.
-    Other tokens in place of a response, or of a pair, must not move a log-prob behind it; where they do (experts whose
-    matrices change their shapes), what a later pair moves in an earlier one is the bound: by causality it is rounding.
-    And log-probs must be those of plain forwards through the model's own attention, up to what a rounding error in each
-    embedding moves in these. The longest pair is among the rows, for sliding windows and for memory.
+def check_packing(model, dataset: Dataset, device, more: Dataset | None = None) -> None:
+    """Make ATTENTION the model's, and refuse it where packed rows of these pairs would train it wrongly: SystemExit with
+    its name. Asked again it must say the same. Other tokens in place of a response, or of a pair, must not move a
+    log-prob behind it; where they do (experts whose matrices change their shapes), what a later pair moves in an
+    earlier one is the bound: by causality it is rounding. And log-probs must be those of plain forwards through its own
+    attention, up to what a rounding error in each embedding moves in these. The longest pair is among the rows.
     """
     bare = getattr(model, "module", model)
     bare = getattr(bare, "get_base_model", lambda: bare)()  # out of DDP, and out of its adapters
-    name, training, lengths = type(bare).__name__.removeprefix("FSDP"), model.training, pair_lengths(dataset)
-    advice, longest = "use a plain decoder such as Llama, Mistral or Qwen", dataset[lengths.index(max(lengths))]
+    name, config = type(bare).__name__.removeprefix("FSDP"), bare.config.get_text_config()
+    dataset = concatenate_datasets([dataset, more]) if more else dataset
+    longest = dataset[torch.tensor(pair_lengths(dataset)).argmax().item()]
     sizes = {name: max(8, len(ids)) for name, ids in longest.items() if name.endswith("_ids")}
-    tokens, draw = sorted({token for name in sizes for token in longest[name]}), random.Random(0).choices
-    rows = first, second = [{name: draw(tokens, k=size) for name, size in sizes.items()} for _ in range(2)]
+    if getattr(config, "output_router_logits", False):
+        PartialState().print(f"{name}: its routers' auxiliary loss, which its configuration asks for, is left out")
+    check_limits(name, config, bare.get_input_embeddings().weight.shape[0], dataset)
+    tokens, draw = sorted({token for part in sizes for token in longest[part]}), random.Random(0).choices
+    rows = first, second = [{part: draw(tokens, k=size) for part, size in sizes.items()} for _ in range(2)]
     for row in rows:  # so that the responses share no beginning
         row["rejected_ids"][0] = tokens[tokens[0] == row["chosen_ids"][0]]
     chosen, pair = len(first["chosen_ids"]), len(first["chosen_ids"] + first["rejected_ids"])
@@ -432,38 +284,58 @@ def check_packing(model, dataset: Dataset, device) -> None:
     def other(row: dict, *parts: str) -> dict:  # of the same lengths and beginnings
         return row | {part: row[part][:1] + draw(tokens, k=len(row[part]) - 1) for part in parts or row}
 
-    def logps(*pairs: dict, parts: tuple[str, ...] = ("chosen", "rejected")) -> Tensor:  # of the response tokens
-        batch = collate(pairs, parts).to(device)
-        return token_logps(response_logits(model, batch), batch.targets)
+    def logps(*pairs: dict, seed: int = 0) -> Tensor:  # of the response tokens
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            batch = collate(pairs).to(device)
+            return token_logps(response_logits(model, batch), batch.targets)
 
-    def rounded(_module, _inputs, out: Tensor) -> Tensor:
-        kind = torch.get_autocast_dtype(out.device.type) if torch.is_autocast_enabled(out.device.type) else out.dtype
-        errors = torch.rand(out.shape, generator=torch.Generator().manual_seed(0)).to(out) - 0.5
-        return out * (1 + torch.finfo(kind).eps * errors)
+    def plain() -> Tensor:  # of the same tokens, one sequence at a time, whose positions are the model's own business
+        batches = [collate([row], (part,)) for row in rows for part in ("chosen", "rejected")]
+        batches = [replace(batch, position_ids=None).to(device) for batch in batches]
+        return torch.cat([token_logps(response_logits(model, batch), batch.targets) for batch in batches])
 
-    model.eval()
-    bare.set_attn_implementation(ATTENTION)
-    with failing(f"{name} cannot run packed pairs; {advice}"):
-        found = logps(*rows)
+    with failing(f"{name} cannot run packed pairs ({MODELS})"):
+        bare.set_attn_implementation(ATTENTION)
+        if config._attn_implementation != ATTENTION:
+            raise ValueError("its attention cannot be replaced")
+        found, again = logps(*rows), logps(*rows, seed=1)
     if not found.isfinite().all():
         fail(f"{name} gives log-probs that are no numbers (nan or inf) before any training; its weights are broken")
     exchanged = (other(first, "chosen_ids"), second), (other(first), second), (first, other(second))
     one, both, later = ((logps(*pairs) - found).abs() for pairs in exchanged)
     bound = 4 * (later[:pair].max() + torch.finfo(found.dtype).eps * found.abs().max())
+    if (again - found).abs().max() > bound:
+        fail(f"{name} gives other log-probs when asked again: something in it is random; model.eval() may stop it")
     if torch.cat([one[chosen:], both[pair:]]).max() > bound:
-        fail(f"{name} lets a response see what is packed before it, as recurrent layers and convolutions do; {advice}")
+        fail(f"{name} lets a response see what is packed before it, as recurrent layers and convolutions do ({MODELS})")
     for attention in ("eager", "sdpa"):
         with contextlib.suppress(ValueError, ImportError):  # where scores are capped or share sinks there is no sdpa
             bare.set_attn_implementation(attention)
-    singles = [(row, (part,)) for row in rows for part in ("chosen", "rejected")]
-    plain = torch.cat([logps(row, parts=part) for row, part in singles])
-    hook = bare.get_input_embeddings().register_forward_hook(rounded)
-    rounding = (torch.cat([logps(row, parts=part) for row, part in singles]) - plain).abs().mean()
+    expected = plain()
+    hook = bare.get_input_embeddings().register_forward_hook(add_rounding)
+    rounding = (plain() - expected).abs().mean()
     hook.remove()
     bare.set_attn_implementation(ATTENTION)
-    if not (off := (found - plain).abs().mean()) <= 4 * rounding:
-        fail(f"{name} gives other log-probs packed than plain ({off:.2g} a token, rounding {rounding:.2g}); {advice}")
-    model.train(training)
+    if not (off := (found - expected).abs().mean()) <= 2 * rounding:
+        fail(f"{name} gives other log-probs packed than plain: {off:.2g} a token, rounding {rounding:.2g} ({MODELS})")
+
+
+def check_limits(name: str, config, embeddings: int, dataset: Dataset) -> None:
+    """SystemExit for tokens without an embedding and for pairs beyond the positions that packed rows can have."""
+    table = dataset.with_format("arrow")[:]
+    prompt, chosen, rejected = (table[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
+    if (token := max(pc.max(pc.list_flatten(ids)).as_py() for ids in (prompt, chosen, rejected))) >= embeddings:
+        fail(f"{name} has {embeddings} embeddings, but the tokenizer gives token {token}: they do not belong together")
+    prompt, chosen, rejected = map(pc.list_value_length, (prompt, chosen, rejected))
+    longest = pc.max(pc.add(prompt, pc.max_element_wise(chosen, rejected))).as_py()
+    rope, limit = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", None)
+    if rope.get("rope_type") == "longrope":  # its angles change with the longest sequence of a row
+        limit = rope["original_max_position_embeddings"]
+    if limit and longest > limit:
+        fail(f"{name} takes {limit} tokens in packed rows, but a pair has {longest}: set --max-length {limit}")
+    if getattr(config, "attn_temperature_tuning", False):
+        fail(f"{name} scales its attention by the place in the row, which packed pairs do not have ({MODELS})")
 
 
 @torch.no_grad()
@@ -472,7 +344,7 @@ def reference_logps(model, dataset: Dataset, pairs: list[int], path: Path, max_t
     One pass in micro-batches of at most max_tokens, shared by all processes, kept in path (safetensors) and made again
     where the fingerprint (the model's weights, the pairs as tokens) is another.
     """
-    state, training, stored = PartialState(), model.training, None
+    state, stored = PartialState(), None
     sums = [parameter.sum(dtype=torch.float64) for parameter in model.parameters()]
     weights = [(total.full_tensor() if hasattr(total, "full_tensor") else total).item() for total in sums]
     mark = {"fingerprint": fingerprint(dataset.select(pairs), weights, pairs, len(dataset))}
@@ -485,11 +357,9 @@ def reference_logps(model, dataset: Dataset, pairs: list[int], path: Path, max_t
         used, stored = dataset.select(pairs), torch.full((len(dataset), 2), math.nan, dtype=torch.float64)
         plan = micro_batches([*range(len(used))], pair_lengths(used), max_tokens, state.num_processes)
         logps = torch.zeros(len(used), 2, dtype=torch.float64, device=state.device)
-        model.eval()
         for indices in tqdm(plan[state.process_index], "reference", disable=not state.is_local_main_process):
             batch = collate([used[i] for i in indices or [0]]).to(state.device)
             logps[indices] = torch.stack(response_logps(model, batch), 1).double()[: len(indices)]
-        model.train(training)
         stored[pairs] = reduce(logps, "sum").cpu()
         if state.is_main_process:
             path.parent.mkdir(exist_ok=True)

@@ -32,12 +32,14 @@ import time
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # CPU threads that spin while they wait slow each other down
 
 import matplotlib.pyplot as plt
+import pandas
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
@@ -48,10 +50,11 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_scheduler
+from transformers import AutoTokenizer, get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import common
-from common import collate, fail, failing, load_preferences, micro_batches, reference_logps, response_logps
+from common import collate, fail, failing, load_model, load_preferences, micro_batches, reference_logps, response_logps
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is on one device, at checkpoints
 
@@ -61,9 +64,10 @@ class Args:
     # Model and data
     model: str = "mistralai/Mistral-7B-Instruct-v0.2"  # Model to train: on the hub or a directory (App. B.3)
     dataset: str = "Anthropic/hh-rlhf"  # Pairs: hub, .json, .jsonl or .parquet (App. B.3)
-    train_split: str = "train"  # Split of a hub data set to train on
-    eval_dataset: str = ""  # Pairs for evaluation; empty: --eval-split of the same hub data set
-    eval_split: str = "test"  # Split of a hub data set to evaluate on
+    train_split: str = "train"  # Split to train on; of a file the part in brackets, train[:90%]
+    dataset_config: str = ""  # Configuration, or folder, of a hub data set (harmless-base of Anthropic/hh-rlhf)
+    eval_dataset: str = ""  # Pairs for evaluation; empty: --eval-split of --dataset
+    eval_split: str = "test"  # Split to evaluate on; empty: none; of a file the part in brackets, train[90%:]
     max_length: int = 512  # Tokens of prompt and response together (App. B.3)
     max_prompt_length: int = 384  # Last tokens that the prompt of a longer pair keeps (not in the paper)
 
@@ -145,8 +149,8 @@ RUN = ("metrics.jsonl", "curves.png", "checkpoints", "model.writing", "model", "
 MAY_DIFFER = {"output_dir", "resume", "overwrite", "tokens_per_device", "save_every", "track", "gradient_checkpointing"}
 
 
-def check_output_dir(args: Args) -> None:
-    """Refuse a directory in use, and a --resume whose flags change the result (all but MAY_DIFFER). Deletes nothing."""
+def check_output_dir(args: Args) -> str:
+    """Refuse a directory in use and a --resume with flags that change the result; the day on which the run began."""
     folder = Path(args.output_dir)
     with failing(f"cannot write to --output-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,19 +169,19 @@ def check_output_dir(args: Args) -> None:
     for name, now in vars(args).items():
         if before and name not in free and now != before.get(name):
             fail(f"--resume with --{name.replace('_', '-')} {now}, but {folder} was started with {before.get(name)}")
+    return before.get("began", str(date.today()))
 
 
 def plot_curves(path: Path, history: list[dict]) -> None:
     """The metrics of PANELS over the steps: training as lines, evaluation as lines with dots."""
     plt.switch_backend("Agg")
-    panels = [[key for name in names.split() for key in (name, f"eval/{name}")] for names in PANELS]
-    panels = list(filter(None, ([key for key in keys if any(key in row for row in history)] for keys in panels)))
+    frame = pandas.DataFrame(history).set_index("step")
+    panels = ([key for name in names.split() for key in (name, f"eval/{name}") if key in frame] for names in PANELS)
+    panels = [keys for keys in panels if keys]
     figure, axes = plt.subplots(len(panels), figsize=(7, 2.5 * len(panels)), layout="tight")
     for axis, keys in zip(axes, panels):
         for key in keys:
-            points = [(row["step"], row[key]) for row in history if key in row]
-            axis.plot(*zip(*points), ".-" if key.startswith("eval/") else "-", label=key)
-        axis.legend()
+            frame[key].dropna().plot(ax=axis, style=".-" if key.startswith("eval/") else "-", legend=True)
     figure.savefig(path)
     plt.close(figure)
 
@@ -185,11 +189,10 @@ def plot_curves(path: Path, history: list[dict]) -> None:
 def main(args: Args) -> None:
     # What can be found wrong before anything is loaded: flags, devices, the output directory
     for name, value in vars(args).items():
-        if not (isinstance(value, str | bool) or 0 < value < math.inf or value == 0 and name in MAY_BE_ZERO):
+        top = 1 if name == "lora_dropout" else math.inf
+        if not (isinstance(value, str | bool) or 0 < value < top or value == 0 and name in MAY_BE_ZERO):
             expected = "0 or more" if name in MAY_BE_ZERO else "a number above 0"
-            fail(f"--{name.replace('_', '-')} {value}: expected {expected}")
-    if args.lora_dropout >= 1:
-        fail(f"--lora-dropout {args.lora_dropout}: expected less than 1")
+            fail(f"--{name.replace('_', '-')} {value}: expected {expected}{', less than 1' * (top == 1)}")
     if args.max_prompt_length >= args.max_length:
         fail(f"--max-prompt-length {args.max_prompt_length} leaves no room in --max-length {args.max_length}")
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
@@ -208,15 +211,16 @@ def main(args: Args) -> None:
         accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     if args.batch_size % accelerator.num_processes:
         fail(f"--batch-size {args.batch_size} cannot be divided by {accelerator.num_processes} processes")
-    check_output_dir(args)
+    began = check_output_dir(args)
 
     # Data, and how it falls into steps. Everything below that is random is a function of the seed and the step.
     with failing(f"cannot load {args.model!r}"):
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-    limits = args.max_length, args.max_prompt_length
-    train_data = load_preferences(args.dataset, tokenizer, args.train_split, *limits)
-    eval_source = args.eval_dataset or ("" if Path(args.dataset).is_file() else args.dataset)
-    eval_data = load_preferences(eval_source, tokenizer, args.eval_split, *limits) if eval_source else None
+    options = args.max_length, args.max_prompt_length, args.dataset_config, began
+    train_data = load_preferences(args.dataset, tokenizer, args.train_split, *options)
+    held_out = args.eval_split and (not Path(args.dataset).is_file() or "[" in args.eval_split)
+    eval_source = args.eval_dataset or (args.dataset if held_out else "")
+    eval_data = load_preferences(eval_source, tokenizer, args.eval_split, *options) if eval_source else None
     steps_per_epoch, lengths = len(train_data) // args.batch_size, common.pair_lengths(train_data)
     if not steps_per_epoch:
         fail(f"--batch-size {args.batch_size} is more than the {len(train_data)} pairs of {args.dataset}")
@@ -228,39 +232,37 @@ def main(args: Args) -> None:
         return order[position * args.batch_size :][: args.batch_size].tolist()
 
     # Model. Trained weights are float32: a step of 5e-7 on a bf16 weight is lost in rounding. Weights that stay frozen
-    # under LoRA are bf16 on a GPU. The model's own dropout is off, so that policy and reference agree at step 0.
-    with failing(f"cannot load {args.model!r}"):
-        dtype = torch.bfloat16 if args.lora_rank and not cpu else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-    for module in model.modules():
-        off = [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]
-        vars(module).update(dict.fromkeys(off + ["p"] * isinstance(module, torch.nn.Dropout), 0.0))
+    # under LoRA are bf16 on a GPU. It stays in evaluation mode, so that policy and reference agree at step 0.
+    model = load_model(args.model, torch.bfloat16 if args.lora_rank and not cpu else torch.float32)
     if args.lora_rank:
         torch.manual_seed(args.seed)
         sizes = {"r": args.lora_rank, "lora_alpha": args.lora_rank, "lora_dropout": args.lora_dropout}
-        lora = LoraConfig(**sizes, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
+        towers = [name.rpartition(".")[0] for name, p in model.named_parameters() if not p.requires_grad]
+        lora = LoraConfig(**sizes, target_modules="all-linear", exclude_modules=towers, task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora).eval()
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
+        for module in model.modules():  # in evaluation mode these would compute nothing again
+            module.training = isinstance(module, GradientCheckpointingLayer)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0, fused=True)
     else:  # one parameter at a time: all at once, the square roots would be one more copy of the model
         optimizer = torch.optim.RMSprop(trained, lr=args.lr, foreach=False)
-    model = accelerator.prepare(model, optimizer)[0].train()
+    model = accelerator.prepare(model, optimizer)[0]
+    dropout = torch.nn.ModuleList(module for name, module in model.named_modules() if name.endswith("lora_dropout"))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones
     warmup_steps = round(args.warmup * total_steps if args.warmup < 1 else args.warmup)
     schedule = get_scheduler(args.schedule, optimizer, warmup_steps, total_steps)  # a prepared one steps per process
     # Gradients and moments come with the first step; whether there is room for them shows now.
     local = sum(p.numel() for p in trained) // (accelerator.num_processes if fsdp else 1)
     torch.empty(local, 3 if args.optimizer == "adamw" else 2, dtype=torch.float32, device=accelerator.device)
-    common.check_packing(model, train_data, accelerator.device)
+    common.check_packing(model, train_data, accelerator.device, eval_data)
     accelerator.print(
         f"model {args.model}: {sum(p.numel() for p in trained) / 1e6:,.2f}M trained parameters on "
         f"{accelerator.num_processes} x {accelerator.device.type}\n"
-        f"{total_steps} steps of {args.batch_size} pairs, {steps_per_epoch} an epoch; the last "
-        f"{len(train_data) % args.batch_size} pairs of an epoch's shuffle are left out\n"
-        f"{sum(lengths) / len(lengths):.0f} tokens a pair on average; first pair, as the model sees it"
+        f"{total_steps} steps of {args.batch_size} pairs, {steps_per_epoch} an epoch without its last "
+        f"{len(train_data) % args.batch_size} pairs; {sum(lengths) / len(lengths):.0f} tokens a pair; the first pair:"
     )
     for name, ids in train_data[0].items():  # a doubled BOS or a missing end token shows here
         text = repr(tokenizer.decode(ids))
@@ -279,7 +281,7 @@ def main(args: Args) -> None:
         unused = [*checkpoints[:-2], folder / "checkpoints" / "writing"]
         for path in unused if checkpoints else [folder / name for name in RUN]:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        (folder / "args.json.writing").write_text(json.dumps(vars(args), indent=2) + "\n")
+        (folder / "args.json.writing").write_text(json.dumps(vars(args) | {"began": began}, indent=2) + "\n")
         os.replace(folder / "args.json.writing", folder / "args.json")
     accelerator.wait_for_everyone()
     accelerator.init_trackers(folder.name, config=vars(args))
@@ -288,10 +290,9 @@ def main(args: Args) -> None:
     # The reference, the initial policy or --ref-model, runs over the run's pairs before a checkpoint is loaded.
     reference = model
     if args.ref_model:
-        with failing(f"cannot load {args.ref_model!r}"):
-            dtype = torch.bfloat16 if not cpu and (fsdp or args.lora_rank) else torch.float32
-            reference = AutoModelForCausalLM.from_pretrained(args.ref_model, dtype=dtype).to(accelerator.device)
-        common.check_packing(reference, train_data, accelerator.device)
+        dtype = torch.bfloat16 if not cpu and (fsdp or args.lora_rank) else torch.float32
+        reference = load_model(args.ref_model, dtype).to(accelerator.device)
+        common.check_packing(reference, train_data, accelerator.device, eval_data)
     kept, used = folder / "reference", sorted({pair for step in range(total_steps) for pair in step_pairs(step)})
     train_data = reference_logps(reference, train_data, used, kept / "train.safetensors", args.tokens_per_device)
     if eval_data:
@@ -310,7 +311,7 @@ def main(args: Args) -> None:
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:  # means of the loss and of all metrics over the evaluation pairs
-        model.eval()
+        dropout.eval()
         sums, pairs = defaultdict(float), list(range(len(eval_data)))
         plan = micro_batches(pairs, common.pair_lengths(eval_data), args.tokens_per_device, accelerator.num_processes)
         for indices in tqdm(plan[accelerator.process_index], "evaluation", leave=False, disable=quiet):
@@ -318,7 +319,7 @@ def main(args: Args) -> None:
             losses, metrics = compute(batch)
             for name, values in {"loss": losses, **metrics}.items():
                 sums[name] += values.sum() * bool(indices)
-        model.train()
+        dropout.train()
         return {f"eval/{name}": value for name, value in means(sums, len(eval_data)).items()}
 
     def log(row: dict[str, float]) -> None:
@@ -349,6 +350,7 @@ def main(args: Args) -> None:
 
     shown = ("loss", "logps/chosen", "logps/rejected", "rewards/accuracy")
     begin, total = state["step"] * args.batch_size, total_steps * args.batch_size
+    dropout.train()
     progress = tqdm(desc=Path(__file__).stem, total=total, initial=begin, unit="pair", disable=quiet)
     for step in range(state["step"], total_steps):
         started = time.perf_counter()
@@ -404,7 +406,7 @@ def main(args: Args) -> None:
     options = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     weights = dcp_state.get_model_state_dict(model, options=options)
     if main_process:
-        fresh = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto")
+        fresh = load_model(args.model, "auto")
         fresh = get_peft_model(fresh, lora) if args.lora_rank else fresh
         assert not fresh.load_state_dict(weights, strict=False).unexpected_keys
         if args.lora_rank:

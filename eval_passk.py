@@ -47,9 +47,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from common import encode, fail
 from grading import sandbox
 from grading.answers import cut, find_gsm8k, find_math, grade_gsm8k, grade_math, normal_math, read_number
+from preferences import encode, fail
 
 
 @dataclass

@@ -66,7 +66,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import report  # noqa: E402
 
-from common import common_prefix, encode, fail, failing  # noqa: E402
+from preferences import common_prefix, encode, fail, failing  # noqa: E402
 
 # Written before the numbers. The text to Fig. 4 gives none: higher alpha/beta "consistently" has lower error and
 # "similar accuracy"; DPO is "less calibrated than the base model", larger alpha/beta "quickly" better than it.

@@ -205,10 +205,15 @@ def test_drops_are_counted(tmp_path, capsys):
         {"prompt": "a" * 60, "chosen": "b", "rejected": "c"},
     ]
     assert len(load(tmp_path, tokenizer, *rows, max_length=50, max_prompt_length=20)) == 2
-    assert capsys.readouterr().out.strip() == (
-        f"{tmp_path}/pairs.jsonl: 2 of 10 pairs kept, 2 truncated, 1 dropped: a response holds a user's turn, "
-        "3 dropped: chosen equals rejected, 2 dropped: empty response, "
-        "1 dropped: nothing left to compare after truncation, 1 dropped: the chat template refuses it"
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == (
+        f"{tmp_path}/pairs.jsonl: 2 of 10 pairs kept, 2 truncated, "
+        "1 dropped: a response holds a user's turn (first: row 7), 3 dropped: chosen equals rejected (first: row 2), "
+        "2 dropped: empty response (first: row 5), 1 dropped: nothing left to compare after truncation (first: row 9), "
+        "1 dropped: the chat template fails: roles must alternate (first: row 8)"
+    )
+    assert second.endswith(
+        "5 pairs are text, which this chat model gets without its template; write messages to use it"
     )
 
 
@@ -230,7 +235,9 @@ def test_prompt_without_tokens_is_dropped(tmp_path, capsys):
 def test_none_left_is_an_error(tmp_path):
     """The reasons of all drops are in the error."""
     same, empty = {"prompt": "a", "chosen": "b", "rejected": "b"}, {"prompt": "a", "chosen": "", "rejected": "b"}
-    with pytest.raises(SystemExit, match="none of its 2 rows is a usable pair .empty response, chosen equals rejected"):
+    with pytest.raises(
+        SystemExit, match="none of its 2 rows is a usable pair; 1 dropped: chosen equals .*empty response"
+    ):
         load(tmp_path, tiny.tokenizer(), same, empty)
 
 

@@ -297,11 +297,11 @@ def test_lora(training, wide):
 @pytest.mark.parametrize("tied", [True, False])
 def test_frozen_model_keeps_what_autocast_keeps(tied):
     """On a GPU: linear layers in bf16, but embeddings (a tied head with them) and norms in float32."""
-    model = eps_dpo.freeze(tiny.model(dtype=torch.float32, tie_word_embeddings=tied).train(), torch.bfloat16)
+    model = eps_dpo.freeze(tiny.model(dtype=torch.float32, tie_word_embeddings=tied), torch.bfloat16)
     kinds = {name: parameter.dtype for name, parameter in model.named_parameters()}
     narrow = {name for name, kind in kinds.items() if kind == torch.bfloat16}
     assert narrow == {name for name in kinds if "_proj" in name or name == "lm_head.weight"}
-    assert (model.lm_head.weight.dtype == torch.float32) == tied and not model.training
+    assert (model.lm_head.weight.dtype == torch.float32) == tied
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
