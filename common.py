@@ -260,7 +260,7 @@ def add_rounding(_module, _inputs, out: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_packing(model, dataset: Dataset, device, more: Dataset | None = None) -> None:
-    """Make ATTENTION the model's, and refuse it where packed rows of these pairs would train it wrongly: SystemExit with
+    """Make ATTENTION the model's, and refuse it where packed rows of these pairs would train it wrongly: SystemExit and
     its name. Asked again it must say the same. Other tokens in place of a response, or of a pair, must not move a
     log-prob behind it; where they do (experts whose matrices change their shapes), what a later pair moves in an
     earlier one is the bound: by causality it is rounding. And log-probs must be those of plain forwards through its own
