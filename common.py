@@ -306,7 +306,7 @@ def check_packing(model, dataset: Dataset, device, more: Dataset | None = None) 
     one, both, later = ((logps(*pairs) - found).abs() for pairs in exchanged)
     bound = 4 * (later[:pair].max() + torch.finfo(found.dtype).eps * found.abs().max())
     if (again - found).abs().max() > bound:
-        fail(f"{name} gives other log-probs when asked again: something in it is random; model.eval() may stop it")
+        fail(f"{name} gives other log-probs when asked again: something in it is random, in its mode of evaluation too")
     if torch.cat([one[chosen:], both[pair:]]).max() > bound:
         fail(f"{name} lets a response see what is packed before it, as recurrent layers and convolutions do ({MODELS})")
     for attention in ("eager", "sdpa"):
