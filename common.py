@@ -20,18 +20,25 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
 from datasets import Dataset, concatenate_datasets
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from tqdm import tqdm
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 from transformers.utils import find_adapter_config_file
 
 from preferences import common_prefix, fail, failing, fingerprint
 from preferences import load_preferences as load_preferences
+from preferences import one_split as one_split
 
 
 @dataclass
@@ -112,6 +119,14 @@ def micro_batches(pairs: list[int], lengths: list[int], max_tokens: int, num_pro
 MODELS = "docs/models.md lists what can be trained"
 
 
+def load_tokenizer(path: str):
+    """The tokenizer in path, or, of an adapter that has none, its base's; SystemExit where there is none."""
+    with failing(f"cannot load {path!r}"):
+        if find_adapter_config_file(path) and not (Path(path) / "tokenizer_config.json").exists():
+            path = PeftConfig.from_pretrained(path).base_model_name_or_path
+        return AutoTokenizer.from_pretrained(path)
+
+
 def load_model(path: str, dtype):
     """The causal language model in path, a directory or a name on the hub; SystemExit where it is none. Of an adapter,
     its base with the adapter merged. Where a model has towers for images or sound, which text does not reach, these are
@@ -120,6 +135,7 @@ def load_model(path: str, dtype):
     with failing(f"cannot load {path!r}"):
         if find_adapter_config_file(path):
             model = AutoPeftModelForCausalLM.from_pretrained(path, dtype=dtype).merge_and_unload().eval()
+            model.name_or_path = f"{path}, merged"  # what an adapter that is trained on it names as its base
         elif type(config := AutoConfig.from_pretrained(path)) in MODEL_FOR_CAUSAL_LM_MAPPING:
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         else:

@@ -52,7 +52,7 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn.functional import logsigmoid
 from tqdm import tqdm
-from transformers import AutoTokenizer, get_scheduler
+from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import common
@@ -263,13 +263,11 @@ def main(args: Args) -> None:
     began = check_output_dir(args)
 
     # Data, and how it falls into steps. Everything below that is random is a function of the seed and the step.
-    with failing(f"cannot load {args.model!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    options = args.max_length, args.max_prompt_length, args.dataset_config, began
-    train_data = load_preferences(args.dataset, tokenizer, args.train_split, *options)
-    held_out = args.eval_split and (not Path(args.dataset).is_file() or "[" in args.eval_split)
-    eval_source = args.eval_dataset or (args.dataset if held_out else "")
-    eval_data = load_preferences(eval_source, tokenizer, args.eval_split, *options) if eval_source else None
+    tokenizer, limits = common.load_tokenizer(args.model), (args.max_length, args.max_prompt_length)
+    train_data = load_preferences(args.dataset, tokenizer, args.train_split, *limits, args.dataset_config, began)
+    held_out = args.eval_split and (not common.one_split(args.dataset) or "[" in args.eval_split)
+    source, config = args.eval_dataset or (held_out and args.dataset), "" if args.eval_dataset else args.dataset_config
+    eval_data = load_preferences(source, tokenizer, args.eval_split, *limits, config, began) if source else None
     steps_per_epoch, lengths = len(train_data) // args.batch_size, common.pair_lengths(train_data)
     if not steps_per_epoch:
         fail(f"--batch-size {args.batch_size} is more than the {len(train_data)} pairs of {args.dataset}")
@@ -458,6 +456,7 @@ def main(args: Args) -> None:
         assert not fresh.load_state_dict(weights, strict=False).unexpected_keys
         if args.lora_rank:
             fresh.save_pretrained(folder / "adapter")
+            tokenizer.save_pretrained(folder / "adapter")
             fresh = fresh.merge_and_unload()
         for part in (fresh, tokenizer):
             part.save_pretrained(folder / "model.writing")

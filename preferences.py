@@ -41,14 +41,10 @@ def failing(message: str):
         fail(f"{message}: {str(error) or type(error).__name__}")
 
 
-SAID = ("content", "reasoning_content", "reasoning", "thinking")  # texts of a message
-READ = (
-    "prompt",
-    "chosen",
-    "rejected",
-    "tools",
-    "chat_template_k",
-)  # columns, by how they begin; the last two are TRL's
+READ = ("prompt", "chosen", "rejected", "tools", "chat_template_kwargs")  # columns; the last two are TRL's
+SAID = ("content", "reasoning_content", "reasoning", "thinking", "thought", "tool_plan")  # texts of a message
+ANYWHERE = ("tools", "system", "developer")  # turns that some templates put elsewhere
+RESULTS = ("tool", "ipython", "function")  # turns with what a call gave
 HH = re.compile(r"\s*Human:.*?\n\nAssistant:", re.DOTALL)  # how a dialogue of Anthropic's HH begins
 
 
@@ -73,28 +69,41 @@ def load_preferences(
         texts, kept, table = [], [], {part: [] for part in columns}
         for number in numbers[start : start + 1000]:
             found = to_texts(rows[number - 1], f"{name} row {number}", tokenizer, day, notes)
-            (dropped[found] if isinstance(found, str) else kept).append(number)
-            texts += [] if isinstance(found, str) else found
+            if isinstance(found, str):
+                dropped[found].append(number)
+            elif re.search(r"[\ud800-\udfff]", "".join(found)):
+                dropped["half a character, which no tokenizer takes"].append(number)
+            else:
+                texts, kept = [*texts, *found], [*kept, number]
         ids = iter(encode(tokenizer, texts))
         for number, *whole in zip(kept, ids, ids, ids):
             found, too_long = cut_ids(*whole, tokenizer.bos_token_id, max_length, max_prompt_length)
             truncated += too_long
-            for part, values in zip(columns, found) if isinstance(found, tuple) else [(None, number)]:
-                (table[part] if part else dropped[found]).append(values)
+            if isinstance(found, str):
+                dropped[found].append(number)
+            else:
+                for part, values in zip(columns, found):
+                    table[part].append(values)
         tables.append(Dataset.from_dict(table, columns))
     dataset = datasets.concatenate_datasets(tables)
-    reasons = [f"{len(found)} dropped: {why} (first: row {min(found)})" for why, found in sorted(dropped.items())]
-    state.print(
-        f"{name}: {', '.join([f'{len(dataset)} of {len(numbers)} pairs kept', f'{truncated} truncated', *reasons])}"
-    )
-    given = rows.column_names if isinstance(rows, Dataset) else dict.fromkeys(column for row in rows for column in row)
-    if unused := ", ".join(column for column in given if not column.startswith(READ)):
+    often = sorted(dropped.items(), key=lambda item: (-len(item[1]), item[0]))
+    reasons = [f"{len(found)} dropped: {why} (first: row {min(found)})" for why, found in often[:5]]
+    reasons += [f"and {sum(len(found) for _, found in often[5:])} for other reasons"] * (len(often) > 5)
+    counts = f"{len(dataset)} of {len(numbers)} pairs kept, {truncated} truncated"
+    state.print(f"{name}: {', '.join([counts, *reasons])}")
+    given = rows.column_names if isinstance(rows, Dataset) else dict.fromkeys(c for n in numbers for c in rows[n - 1])
+    if unused := ", ".join(column for column in given if column not in READ):
         state.print(f"{name}: columns that are not used: {unused}")
     for note, count in notes.items():
         state.print(f"{name}: {count} pairs {note}")
     if not len(dataset):
         fail(f"{name}: none of its {len(numbers)} rows is a usable pair; {', '.join(reasons)}; max length {max_length}")
     return dataset
+
+
+def one_split(source: str) -> bool:
+    """Whether a data set has no splits with names: a file, or what `save_to_disk` wrote of a single one."""
+    return Path(source).is_file() or (Path(source) / "state.json").is_file()
 
 
 def read_rows(source, split: str, config: str) -> tuple[list | Dataset, list[int]]:
@@ -114,25 +123,30 @@ def read_rows(source, split: str, config: str) -> tuple[list | Dataset, list[int
     elif file:
         with failing(source), (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as stream:
             text, rows = stream.read(), []
-        for line in filter(str.strip, text.split("\n") if kind == ".jsonl" else [text]):
+        whole = kind == ".json" and text.lstrip().startswith("[")  # else lines, as to_json writes them
+        for line in filter(str.strip, [text] if whole else text.split("\n")):
             with failing(f"{source} row {len(rows) + 1}: not JSON"):
                 rows.append(json.loads(line))
-        if kind == ".json" and rows:
-            rows = rows[0] if isinstance(rows[0], list) else fail(f"{source}: expected a list of rows")
+        rows = rows[0] if whole else rows
     else:
         with failing(f"cannot load split {split!r} of data set {source!r}"):
-            if (path / "state.json").exists() or (path / "dataset_dict.json").exists():  # written by save_to_disk
+            if one_split(source):
                 rows = datasets.load_from_disk(source)
-                rows = rows if isinstance(rows, Dataset) else rows[split.partition("[")[0]]
+            elif (path / "dataset_dict.json").is_file():
+                saved, wanted = datasets.load_from_disk(source), "all"
+                parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in saved.items()})
+                parts = [saved[part.splitname].select(range(part.from_, part.to)) for part in parts]
+                rows = datasets.concatenate_datasets(parts)
             else:
-                by = (
-                    "name" if not config or config in datasets.get_dataset_config_names(source) else "data_dir"
-                )  # as HH has
-                rows, wanted = load_dataset(source, split=split, **{by: config or None}), "all"
+                is_name = not config or config in datasets.get_dataset_config_names(source)  # else a folder, as HH has
+                rows = load_dataset(source, split=split, **{"name" if is_name else "data_dir": config or None})
+                wanted = "all"
     with failing(f"{source}: split {split!r}"):
         sizes = dict.fromkeys(re.findall(r"[\w.-]+(?=\[|\s*\+|$)", wanted), len(rows))
         parts = ReadInstruction.from_spec(wanted).to_absolute(sizes)
     numbers = [number for part in parts for number in range(part.from_ + 1, part.to + 1)]
+    if len(set(numbers)) < len(numbers):
+        fail(f"{source}: split {split!r} takes rows twice, for it is one split whatever its name")
     return (rows, numbers) if numbers else fail(f"{source}: it is empty")
 
 
@@ -144,7 +158,9 @@ def to_texts(row: dict, where: str, tokenizer, day: str, notes: Counter) -> tupl
     for name in ("chosen", "rejected", *(["prompt"] if row.get("prompt") is not None else [])):
         if name not in row:
             fail(f'{where}: no column "{name}" (found: {columns})')
-        found[name] = read_column(row[name], f'{where}: "{name}"')
+        if row[name] is None:
+            return "empty response"
+        found[name] = read_column(row[name], f'{where}: "{name}"', notes)
     prompt, chosen, rejected = found.values()
     if isinstance(chosen, str) != isinstance(rejected, str):
         fail(f'{where}: one of "chosen" and "rejected" is text and the other a list of messages')
@@ -162,18 +178,30 @@ def to_texts(row: dict, where: str, tokenizer, day: str, notes: Counter) -> tupl
     if tokenizer.chat_template:
         notes.update(["are text, which this chat model gets without its template; write messages to use it"])
     if dialogues or prompt is None:
-        if not dialogues and any(not name.startswith(READ) for name in row):
+        if not dialogues and "prompt" in row:
+            return "no prompt"
+        if not dialogues and not row.keys() <= {*READ}:
             fail(f'{where}: no column "prompt", and the answers hold no dialogue; rename one of: {columns}')
         prompt = os.path.commonprefix(whole)
         if dialogues:
             prompt = prompt[: prompt.rfind("\n\nAssistant:") + len("\n\nAssistant:")]
-            if not prompt.endswith("\n\nAssistant:"):
+            if not prompt.endswith("\n\nAssistant:") or any("\n\nHuman:" in text[len(prompt) :] for text in whole):
                 return "the questions differ"
         prompt = prompt.rstrip(" ")  # the space before a word belongs to its token
     if not all(text[len(prompt) :].strip() for text in whole):
         return "empty response"
-    eos = tokenizer.eos_token or ""
-    return prompt, *(text.rstrip() if text.rstrip().endswith(eos) else text + eos for text in whole)
+    return prompt, *(ended(text, tokenizer) for text in whole)
+
+
+def ended(text: str, tokenizer, behind: str = "") -> str:
+    """Cut behind the special token that ends it, or with the tokenizer's end token where none does."""
+    cut = text.removesuffix(behind).rstrip()
+    return cut if cut.endswith(special_tokens(tokenizer)) else text + (tokenizer.eos_token or "")
+
+
+@lru_cache
+def special_tokens(tokenizer) -> tuple[str, ...]:
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
 
 
 def without_nulls(value):
@@ -183,30 +211,41 @@ def without_nulls(value):
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def read_column(value, where: str) -> str | list[dict]:
+def read_column(value, where: str, notes: Counter) -> str | list[dict]:
     """Text, or messages: the `content` of each as text, the arguments of its calls as objects."""
-    if isinstance(value, str) and re.match(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""", value):
-        with failing(f"{where} begins as a list of messages, but is not JSON"):
-            value = json.loads(value)
     if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            read = json.loads(value) if value.lstrip()[:1] in ("[", "{") else None
+            read = [read] if isinstance(read, dict) else read or [None]
+            value = read if all(isinstance(message, dict) and "role" in message for message in read) else value
+    if isinstance(value, str):  # other JSON is text
+        if re.match(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""", value):
+            fail(f"{where} begins as a list of messages, but is not one in JSON")
         return value
     if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
         kind = "a number" if isinstance(value, int | float) else type(value).__name__
         fail(f"{where} is {kind}, expected text or a list of messages, each with a role")
     messages = without_nulls(value)
     for message in messages:
-        if isinstance(message.get("content"), list):
-            with failing(f"{where}: a message holds a part that is not of text, without"):
-                message["content"] = "".join(part["text"] for part in message["content"])
-        if not message.keys() & {*SAID, "tool_calls"} or not isinstance(message.setdefault("content", ""), str):
-            fail(f'{where}: a message has no text as its "content"')
+        parts = message.get("content", "")
+        parts = [{"text": parts}] if isinstance(parts, str) else parts if isinstance(parts, list) else [parts]
+        if other := [part for part in parts if not isinstance(part, dict) or not isinstance(part.get("text"), str)]:
+            fail(f"{where}: the content of a message is no text: {str(other[0])[:60]}")
+        message["content"] = "".join(part["text"] for part in parts)
         with failing(f"{where}: a tool call lacks a name, or its arguments are not JSON"):
-            for call in message.get("tool_calls", []):
-                function = call.setdefault("function", {n: call.pop(n) for n in ("name", "arguments") if n in call})
-                given = function.get("arguments") or {}
-                given = json.loads(given) if isinstance(given, str) else given
-                call |= {"type": "function", "function": function | {"name": str(function["name"]), "arguments": given}}
+            calls = message.get("tool_calls") or [call for call in [message.get("function_call")] if call]
+            calls = json.loads(calls) if isinstance(calls, str) else calls
+            message |= {"tool_calls": [read_call(call) for call in calls]} if calls else {}
+        others = message.keys() - {*SAID, "role", "name", "tool_calls", "tool_call_id", "function_call"}
+        notes.update(f'have "{key}" in messages; nobody checks what becomes of it' for key in others)
     return messages
+
+
+def read_call(call: dict) -> dict:
+    function = call.get("function") or call
+    given = function.get("arguments") or {}
+    given = json.loads(given) if isinstance(given, str) else given
+    return call | {"type": "function", "function": {"name": str(function["name"]), "arguments": given}}
 
 
 def chat_texts(prompt, chosen, rejected, row, where, tokenizer, day, notes) -> tuple[str, str, str] | str:
@@ -218,22 +257,29 @@ def chat_texts(prompt, chosen, rejected, row, where, tokenizer, day, notes) -> t
         turns = len(prompt) * (chosen[: len(prompt)] == rejected[: len(prompt)] == prompt)
     elif turns == len(chosen) == len(rejected):
         return "chosen equals rejected"
-    else:  # beside whole conversations a prompt string is only a label; beside lone answers it is the question
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and not turns else chosen[:turns]
+    else:
+        shared = chosen[:turns]
+        if isinstance(prompt, str) and prompt.strip() and not any(message["role"] == "user" for message in shared):
+            first = next((n for n, message in enumerate(shared) if message["role"] not in ANYWHERE), len(shared))
+            prompt = [*shared[:first], {"role": "user", "content": prompt}, *shared[first:]]
+        else:  # beside whole conversations a prompt string is only a label
+            prompt = shared
     responses = chosen[turns:], rejected[turns:]
-    if not all("".join(str(p) for message in response for p in said(message)).strip() for response in responses):
+    if not all("".join(str(piece) for message in answer for piece in said(message)).strip() for answer in responses):
         return "empty response"
-    if any(message["role"] == "user" for response in responses for message in response):
-        return "a response holds a user's turn"
+    if others := {message["role"] for answer in responses for message in answer} - {"assistant", *RESULTS}:
+        return f"a response holds a turn of {min(others)!r}"
+    if not prompt and "prompt" in row:
+        return "no prompt"
     if not prompt:
         fail(f'{where}: no column "prompt", and the answers have no turn in common (found: {", ".join(row)})')
     if prompt[-1]["role"] == "assistant":
         return "the prompt ends with the assistant's own turn"
     options = {}
     for name, value in row.items():
-        if name.startswith(READ[3:]) and value:
+        if name in READ[3:] and value:
             with failing(f'{where}: "{name}" is not {"a list" if name == "tools" else "an object"} in JSON'):
-                value = without_nulls(json.loads(value) if isinstance(value, str) else value)
+                value = without_nulls(json.loads(value) if isinstance(value, str) else value) or []
                 options |= {"tools": list(map(dict, value))} if name == "tools" else dict(value)
     try:
         try:
@@ -250,54 +296,54 @@ def render_pair(prompt, responses, options: dict, tokenizer, day: str, notes: Co
     """The texts of messages that are known to be a pair. ValueError where the template does not write all of them."""
     now, tools = date.fromisoformat(day or str(date.today())), options.get("tools", [])
     template = tokenizer.get_chat_template(tools=tools or None)
-    template = re.sub(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""", lambda call: repr(now.strftime(call[2])), template)
+    template = re.sub(
+        r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(['"])(.*?)\1\s*\)""", lambda m: repr(now.strftime(m[2])), template
+    )
     render = partial(tokenizer.apply_chat_template, **options | {"tokenize": False, "chat_template": template})
     tools = [{"role": "tools", "tool_calls": [t if "function" in t else {"function": t} for t in tools]}]
 
-    def compose(prompt, *answers, anew: bool | None = None):  # what it asks with, what of it training sees, both wholes
-        asked, whole = render(prompt, add_generation_prompt=True), [render(prompt + answer) for answer in answers]
+    def compose(prompt, *answers, anew: bool | None = None):  # what generation is asked with, both wholes, if made anew
+        asked = render(prompt, add_generation_prompt=True)
+        whole = [render(prompt + answer, add_generation_prompt=False) for answer in answers]
         start = os.path.commonprefix([asked, *whole])  # some ask with a thought opened that no answer has
         anew = start != asked and bool(left_out(tools + prompt, start)) if anew is None else anew
         if anew:  # it words the prompt differently once an answer follows: that goes behind what it asks with
-            border = prompt[-1]["content"].strip()
+            border = prompt[-1]["content"].strip() or "\0"
             border += asked.rpartition(border)[2]
             place = os.path.commonprefix(whole).rfind(border)
             if place < 0:
                 raise ValueError("it words the prompt differently when an answer follows")
-            start, whole = asked, [asked + text[place + len(border) :] for text in whole]
-        return asked, start, whole, anew
+            whole = [asked + text[place + len(border) :] for text in whole]
+        return asked, whole, anew
 
     marked = [  # so that a text is told from the same words elsewhere
         [m | {"content": m["content"] and f"{m['content']}~{name}{n}~"} for n, m in enumerate(messages)]
         for name, messages in zip("pcr", (prompt, *responses))
     ]
-    *_, whole, anew = compose(*marked)
+    _, whole, anew = compose(*marked)
     for answer, text in zip(marked[1:], whole):
         if lost := left_out(tools + marked[0] + answer, text):
             part = "the answer" if lost in answer else "the prompt"
             known = ", ".join(dict.fromkeys(re.findall(r"""role\W+==\s*['"](\w+)""", template)))
             raise ValueError(f'it leaves out something of "{lost["role"]}" in {part} (roles that it names: {known})')
-    asked, start, whole, _ = compose(prompt, *responses, anew=anew)
-    if asked != start:
-        notes[f"are asked for with {asked[len(start) :]!r} at the end, which training does not see"] += 1
-    ends, behind = turn_end(tokenizer, template)
-    cut = [text.removesuffix(behind).rstrip() for text in whole]
-    return start, *(a if a.endswith(ends) else b + (tokenizer.eos_token or "") for a, b in zip(cut, whole))
+    asked, whole, _ = compose(prompt, *responses, anew=anew)
+    if extra := asked.removeprefix(os.path.commonprefix([asked, *whole]).rstrip("<")):
+        notes[f"are asked for with {extra!r} at the end, which training does not see"] += 1
+    return asked, *(ended(text, tokenizer, turn_end(tokenizer, template)) for text in whole)
 
 
 @lru_cache
-def turn_end(tokenizer, template: str) -> tuple[tuple[str, ...], str]:
-    """All special tokens, and what the template writes behind the one that ends an answer: mostly a newline."""
-    special = tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+def turn_end(tokenizer, template: str) -> str:
+    """What the template writes behind the token that ends an answer: mostly a newline."""
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "~b~"}]
     render = partial(tokenizer.apply_chat_template, chat_template=template, tokenize=False)
     try:
         last, followed = (render(talk + more).rpartition("~b~")[2] for more in ([], talk[:1]))
     except Exception:  # it refuses this talk
-        return special, ""
+        return ""
     both, eos = os.path.commonprefix([last, followed]), tokenizer.eos_token
-    ends = [both.rfind(token) + len(token) for token in ([eos] if eos and eos in both else special) if token in both]
-    return special, last[max(ends, default=len(last)) :]
+    candidates = [eos] if eos and eos in both else special_tokens(tokenizer)
+    return last[max((both.rfind(token) + len(token) for token in candidates if token in both), default=len(last)) :]
 
 
 def said(message: dict) -> list:
@@ -314,19 +360,21 @@ def leaves(value) -> list:
 
 
 def left_out(messages: list[dict], text: str) -> dict | None:
-    """The first message of which text does not hold everything, in order and but for white space."""
+    """The first message of which text does not hold everything, in order and but for white space. Words that were found
+    are taken out, so that they stand for one thing only; what may stand anywhere is looked for last.
+    """
     text, place = "".join(text.split()), 0
-    for message in messages:
-        anywhere = message["role"] in ("tools", "system", "developer")  # some templates put these elsewhere
-        begin, reached = 0 if anywhere else place, place
-        for piece in said(message):
+    for message in sorted(messages, key=lambda message: message["role"] in ANYWHERE):
+        begin, reached = 0 if message["role"] in ANYWHERE else place, place
+        for piece in sorted(said(message), key=lambda piece: -len(str(piece))):
             forms = (str(piece), *(json.dumps(piece, ensure_ascii=ascii).strip('"') for ascii in (True, False)))
             forms = ["".join(form.split()) for form in forms]
-            ends = [at + len(form) for form in forms if (at := text.find(form, begin)) >= 0]
-            if not ends:
+            spans = [(at, at + len(form)) for form in forms if (at := text.find(form, begin)) >= 0]
+            if not spans:
                 return message
-            reached = reached if anywhere else max(reached, min(ends))
-        place = reached
+            at, end = min(spans, key=lambda span: span[1])
+            text, reached = text[:at] + "\0" * (end - at) + text[end:], max(reached, end)
+        place = place if message["role"] in ANYWHERE else reached
     return None
 
 

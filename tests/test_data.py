@@ -207,9 +207,9 @@ def test_drops_are_counted(tmp_path, capsys):
     assert len(load(tmp_path, tokenizer, *rows, max_length=50, max_prompt_length=20)) == 2
     first, second = capsys.readouterr().out.splitlines()
     assert first == (
-        f"{tmp_path}/pairs.jsonl: 2 of 10 pairs kept, 2 truncated, "
-        "1 dropped: a response holds a user's turn (first: row 7), 3 dropped: chosen equals rejected (first: row 2), "
-        "2 dropped: empty response (first: row 5), 1 dropped: nothing left to compare after truncation (first: row 9), "
+        f"{tmp_path}/pairs.jsonl: 2 of 10 pairs kept, 2 truncated, 3 dropped: chosen equals rejected (first: row 2), "
+        "2 dropped: empty response (first: row 5), 1 dropped: a response holds a turn of 'user' (first: row 7), "
+        "1 dropped: nothing left to compare after truncation (first: row 9), "
         "1 dropped: the chat template fails: roles must alternate (first: row 8)"
     )
     assert second.endswith(

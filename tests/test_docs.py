@@ -133,3 +133,11 @@ def test_same():
     """The comparison itself: numbers in any notation, text whole, and differences are seen."""
     assert same("`5e-7`", 5e-07) and same("5,000", 5000) and same("0.1 (10%)", 0.1) and same("`test`", "test")
     assert not same("5e-6", 5e-7) and not same("512", 1024) and not same("test", "train") and not same("on", False)
+
+
+def test_sizes_in_the_readme():
+    """As `wc -l` counts them."""
+    text = (tiny.ROOT / "README.md").read_text().partition("$ wc -l")[2].partition("```")[0]
+    counts = {name: int(count) for count, name in re.findall(r"^ *(\d+) (\S+)$", text, re.MULTILINE)}
+    lines = {name: (tiny.ROOT / name).read_text().count("\n") for name in counts if name != "total"}
+    assert len(lines) == 7 and counts == {**lines, "total": sum(lines.values())}

@@ -109,9 +109,14 @@ def test_adapter_as_the_model(tmp_path):
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
     merged.merge_and_unload().save_pretrained(tmp_path / "merged")
     tiny.tokenizer().save_pretrained(tmp_path / "merged")
+    (tmp_path / "adapter/tokenizer_config.json").unlink()  # its base has one
+    (tmp_path / "adapter/tokenizer.json").unlink()
     runs = [train(tmp_path / name, tmp_path, f"run-{name}") for name in ("adapter", "merged", "base")]
     assert tiny.metrics(runs[0]) == tiny.metrics(runs[1]) != tiny.metrics(runs[2])
     assert all(torch.equal(value, weights(runs[1])[name]) for name, value in weights(runs[0]).items())
+    again = train(tmp_path / "adapter", tmp_path, "again", lora_rank=2)
+    base = json.loads((again / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == f"{tmp_path}/adapter, merged"  # and not the base without it
 
 
 @pytest.mark.parametrize(
@@ -242,6 +247,14 @@ def test_a_run_keeps_its_day(tmp_path, monkeypatch):
     assert json.loads((resumed / "args.json").read_text())["began"] == "2024-02-29"
     other = train(base, tmp_path, "other", dataset=rows)
     assert tiny.metrics(other) != tiny.metrics(whole)
+
+
+def test_saved_data_is_not_evaluated_on_unasked(tmp_path, capsys):
+    """A single data set of save_to_disk is one split, as a file is: its rows are no evaluation pairs."""
+    rows = [json.loads(line) for line in tiny.write_pairs(tmp_path / "rows.jsonl", 16).open()]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    train(tiny.write_model(tmp_path / "base"), tmp_path, "run", dataset=tmp_path / "saved", steps=1)
+    assert capsys.readouterr().out.count("pairs kept") == 1
 
 
 @pytest.mark.parametrize(

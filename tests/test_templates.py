@@ -133,10 +133,67 @@ def test_messages_in_a_string():
     """As JSON they are messages; as Python writes lists, or with other keys, an error; other brackets are text."""
     rows = [{name: json.dumps(value) for name, value in pair().items()}]
     assert load(rows, "qwen") == load([pair()], "qwen")
-    assert "not JSON" in refused([{name: str(value) for name, value in pair().items()}], "qwen")
+    assert "not one in JSON" in refused([{name: str(value) for name, value in pair().items()}], "qwen")
     turns = json.dumps([{"from": "human", "value": "q?"}])
-    assert '"chosen" is list, expected' in refused([{"chosen": turns, "rejected": turns}], "qwen")
-    assert load([{"prompt": "as JSON:", "chosen": '[{"a": 4}]', "rejected": "[5]"}])[0][1] == '[{"a": 4}]</s>'
+    assert "not one in JSON" in refused([{"chosen": turns, "rejected": turns}], "qwen")
+    assert load([{"prompt": "as JSON:", "chosen": '[{"a": 4}]', "rejected": "{}"}])[0][1] == '[{"a": 4}]</s>'
+    later = {"prompt": "q?", "chosen": '[{"id": 1, "role": "assistant", "content": "4"}]', "rejected": json.dumps(BAD)}
+    assert load([later], "qwen") == load([pair()], "qwen")
+
+
+def test_rows_without_a_prompt_among_others(capsys):
+    """One null does not make the answers' common beginning a prompt, and does not end a run."""
+    text = {"id": 1, "prompt": "1+1=", "chosen": "2", "rejected": "3"}
+    odd = {**text, "prompt": None, "chosen": "12 is it", "rejected": "13 is it not"}
+    assert len(load([text, odd, {**odd, "id": 2}])) == 1
+    assert "2 dropped: no prompt (first: row 2)" in capsys.readouterr().out
+    for prompt in (None, [], ""):
+        assert len(load([pair(), {**pair(), "prompt": prompt}], "qwen")) == 1
+    assert len(load([text, {**text, "chosen": None}, {**text, "chosen": ""}])) == 1
+    assert "2 dropped: empty response (first: row 2)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("column", ["prompt_text", "tools_used", "chosen_score", "prompts"])
+def test_columns_that_begin_like_others(column, capsys):
+    row = {"prompt": "1+1=", "chosen": "2", "rejected": "3", column: ["a"]}
+    assert load([row]) == [("1+1=", "2</s>", "3</s>")]
+    assert f"not used: {column}" in capsys.readouterr().out
+    assert "no column" in refused([{name: value for name, value in row.items() if name != "prompt"}])
+
+
+def test_question_beside_answers_that_share_turns():
+    """A prompt string is a label only where a user's turn is in the conversations already."""
+    shared = [{"role": "assistant", "content": "", "tool_calls": [call(a=2)]}, {"role": "tool", "content": "sun"}]
+    row = {"prompt": "WHAT?", "chosen": [*shared, GOOD], "rejected": [*shared, BAD]}
+    [(prompt, chosen, _)] = load([row], CALLS)
+    assert prompt.startswith("<|im_start|>user\nWHAT?<|im_end|>") and "sun" in prompt and chosen == "4<|im_end|>"
+    system = {"role": "system", "content": "Be kind."}
+    [(prompt, _, _)] = load([{"prompt": "WHAT?", "chosen": [system, GOOD], "rejected": [system, BAD]}], CALLS)
+    assert prompt.index("Be kind.") < prompt.index("WHAT?")
+
+
+def test_turns_in_an_answer_that_are_not_the_models(capsys):
+    more = [{"role": "human", "content": "more?"}, GOOD]
+    assert len(load([pair(), {**pair(), "chosen": [GOOD, *more]}], "qwen")) == 1
+    assert "a response holds a turn of 'human' (first: row 2)" in capsys.readouterr().out
+    dialogues = ["\n\nHuman: a\n\nAssistant: b", "\n\nHuman: a\n\nAssistant: c\n\nHuman: d\n\nAssistant: e"]
+    for template in (None, "qwen"):
+        rows = [dict(zip(("chosen", "rejected"), order)) for order in (dialogues, dialogues[::-1])]
+        assert "none of its 2 rows" in refused(rows, template)
+
+
+def test_half_a_character():
+    assert (
+        len(
+            load(
+                [
+                    {"prompt": "a", "chosen": "\ud800 x", "rejected": "b"},
+                    {"prompt": "a", "chosen": "c", "rejected": "b"},
+                ]
+            )
+        )
+        == 1
+    )
 
 
 # Messages
@@ -180,6 +237,7 @@ def test_template_that_wants_arguments_as_a_string():
         {"tool_calls": [{"function": {"name": "add", "arguments": "{a"}}]},
         {"tool_calls": [{"function": {"arguments": "{}"}}]},
         {"tool_calls": ["add"]},
+        {"tool_calls": "add"},
     ],
 )
 def test_broken_calls(broken):
@@ -205,7 +263,7 @@ def test_content_in_parts():
     parts = [{"type": "text", "text": "4"}, {"type": "text", "text": "2"}]
     assert load([pair(chosen={**GOOD, "content": parts})], "qwen")[0][1] == "42<|im_end|>"
     message = refused([pair({**USER, "content": [{"type": "image"}, *parts]})], "qwen")
-    assert 'row 1: "prompt": a message holds a part that is not of text' in message
+    assert "row 1: \"prompt\": the content of a message is no text: {'type': 'image'}" in message
 
 
 CALLING, TOOL = {"role": "assistant", "content": ""}, {"role": "tool", "content": "sun"}
@@ -270,6 +328,43 @@ def test_calls_and_tools_that_the_template_does_not_write():
     assert 'of "assistant" in the answer' in refused([pair(chosen=answer)], half)
 
 
+def test_one_mention_proves_one_thing():
+    """A call is not written because the answer's words name it, nor tools because the question does, nor a thought."""
+    answer = {"role": "assistant", "content": "I call add for 2 and some.", "tool_calls": [call(a=2, b="some")]}
+    assert 'of "assistant" in the answer' in refused([pair(chosen=answer)], CHATML + ASK)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    question = {"role": "user", "content": "Use add, please: add"}
+    assert 'of "tools" in the prompt' in refused([pair(question, tools=tools)], CHATML + ASK)
+    assert len(load([pair(question, tools=tools), pair(question, chosen=answer)], CALLS)) == 2
+    first_only = CALLS.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+    answer = {"role": "assistant", "content": "", "tool_calls": [call(a=1, b=2), call(a=2, b=1)]}
+    assert len(load([pair(chosen=answer)], CALLS)) == 1
+    assert 'of "assistant" in the answer' in refused([pair(chosen=answer)], first_only)
+    answer = {"role": "assistant", "content": "The sum is 4.", "reasoning_content": "sum"}
+    assert 'of "assistant" in the answer' in refused([pair(chosen=answer)], CHATML + ASK)
+
+
+def test_keys_of_messages_that_nobody_checks(capsys):
+    assert len(load([pair(chosen={**GOOD, "refusal": "no", "name": "x"})], "qwen")) == 1
+    assert '1 pairs have "refusal" in messages; nobody checks what becomes of it' in capsys.readouterr().out
+    answer = {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 2}'}}
+    assert '<call>{"name": "add", "arguments": {"a": 2}}</call>' in load([pair(chosen=answer)], CALLS)[0][1]
+    answer = {"role": "assistant", "content": None, "tool_calls": json.dumps([call(a=2)])}
+    assert '<call>{"name": "add", "arguments": {"a": 2}}</call>' in load([pair(chosen=answer)], CALLS)[0][1]
+
+
+def test_border_where_answers_begin_like_the_thought():
+    """Generation opens <think>, the answers begin with < of their own: the border is not inside of theirs."""
+    html = pair(chosen={**GOOD, "content": "<html>4"}, rejected={**BAD, "content": "<body>5"})
+    [(prompt, chosen, rejected)] = load([html], CUT_THOUGHTS.replace("<think>", "<|start_header_id|>"))
+    assert prompt.endswith("assistant\n") and (chosen, rejected) == ("<html>4<|im_end|>", "<body>5<|im_end|>")
+
+
+def test_options_that_would_move_the_border():
+    row = pair(chat_template_kwargs={"add_generation_prompt": True, "tokenize": True})
+    assert load([row], "qwen") == load([pair()], "qwen")
+
+
 def test_messages_out_of_order():
     backwards = "{% for m in messages | reverse %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
     assert "the chat template fails" in refused([pair(USER, GOOD, {**USER, "content": "again?"})], backwards)
@@ -328,11 +423,13 @@ def test_what_stands_behind_the_end(behind, eos, end):
 
 
 def test_text_that_ends_with_the_end_token():
-    row = {"prompt": "2+2=", "chosen": "4</s>\n", "rejected": "5 </s>"}
-    assert load([row]) == [("2+2=", "4</s>", "5 </s>")]
+    row = {"prompt": "2+2=", "chosen": "4</s>\n", "rejected": "5 <|im_end|>\n"}
+    assert load([row]) == [("2+2=", "4</s>", "5 <|im_end|>")]
 
 
-@pytest.mark.parametrize("form", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
+@pytest.mark.parametrize(
+    "form", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )', "strftime_now (format='%d %b %Y')"]
+)
 def test_date_in_a_prompt(form):
     """The prompt's day is the one asked for; else today's, as at generation."""
     template = "{% if strftime_now is defined %}{{ " + form + " }}{% endif %}" + CHATML + ASK
@@ -352,8 +449,9 @@ def test_files_as_people_have_them(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     (tmp_path / "a.json").write_text("\ufeff" + json.dumps(rows), encoding="utf-8")
     (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    (tmp_path / "lines.json").write_text(lines, encoding="utf-8")
     assert len(expected) == 3
-    for name in ("a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"):
+    for name in ("a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz", "lines.json"):
         assert load(tmp_path / name, "qwen") == expected, name
     assert load_preferences(Dataset.from_list(rows), tiny.tokenizer("qwen"), "", 512, 256).num_rows == 3
     (tmp_path / "b.jsonl.gz").write_bytes(b"torn")
@@ -378,14 +476,24 @@ def test_part_that_cannot_be(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"prompt": "1=", "chosen": "4", "rejected": "5"}])
     assert "a.jsonl: split 'train[half]'" in refused(path, split="train[half]")
     assert "a.jsonl: it is empty" in refused(path, split="train[:0]")
+    assert "a.jsonl: split 'train+test' takes rows twice" in refused(path, split="train+test")
+
+
+def test_rows_outside_the_part(tmp_path):
+    """What is not read cannot be wrong."""
+    path = write(tmp_path / "a.jsonl", [{"prompt": "1=", "chosen": "4", "rejected": "5"}, 5, [{}]])
+    assert len(load(path, split="train[:1]")) == 1
 
 
 def test_splits_and_configurations_of_a_data_set(tmp_path):
     """A folder is as on the hub: splits by their names, configurations that its README declares, folders within."""
     rows = [{"prompt": f"{n}=", "chosen": "4", "rejected": "5"} for n in range(4)]
     DatasetDict(train=Dataset.from_list(rows), test=Dataset.from_list(rows[3:])).save_to_disk(tmp_path / "saved")
-    assert [len(load(tmp_path / "saved", split=s)) for s in ("train", "test", "train[:3]")] == [4, 1, 3]
-    assert "cannot load split 'test_prefs'" in refused(tmp_path / "saved", split="test_prefs")
+    splits = ("train", "test", "train[:3]", "train[:2]+test")
+    assert [len(load(tmp_path / "saved", split=split)) for split in splits] == [4, 1, 3, 3]
+    assert load(tmp_path / "saved", split="train[:1]+test")[1][0] == "3="
+    message = refused(tmp_path / "saved", split="test_prefs")
+    assert "cannot load split 'test_prefs'" in message and "'train', 'test'" in message
     for folder, count in (("helpful", 3), ("harmless", 2)):
         (tmp_path / "hub" / folder).mkdir(parents=True)
         write(tmp_path / "hub" / folder / "train.jsonl", rows[:count])
