@@ -74,7 +74,8 @@ def load_preferences(
             elif re.search(r"[\ud800-\udfff]", "".join(found)):
                 dropped["half a character, which no tokenizer takes"].append(number)
             else:
-                texts, kept = [*texts, *found], [*kept, number]
+                texts += found
+                kept.append(number)
         ids = iter(encode(tokenizer, texts))
         for number, *whole in zip(kept, ids, ids, ids):
             found, too_long = cut_ids(*whole, tokenizer.bos_token_id, max_length, max_prompt_length)
