@@ -22,6 +22,9 @@ Beside the sampled training stands each objective's optimum for infinitely many 
 expectation. What separates the two is sampling noise, and that f-DPO is still on its way where the target smooths. In
 that limit each objective is also given the beta that suits it best, and a third target whose logits have nothing to do
 with ref's.
+
+Claim 4.1 expects a DID of lower entropy than ref's where the target reinforces ref, a higher one where it smooths ref.
+Here the DID is ref^(tau - 1), so both entropies are known, and the first half needs a tau above 2.
 """
 
 import math
@@ -44,6 +47,7 @@ import hdpo  # noqa: E402
 REACHED = 0.01  # JS divergence at the end / JS divergence of the reference, for every seed
 AHEAD = 10  # every other objective ends at least this many times further away than DPO does, for every seed
 PREFERENCES = 1e-9  # largest difference between the two sides of Thm 3.3
+TAUS = (0.5, 0.8, 1.2, 1.5, 1.8, 2.2, 2.5, 3.0)  # targets whose DID's entropy is looked at (Claim 4.1)
 
 CLASSES = 32
 BETA = 1.0
@@ -144,6 +148,11 @@ def normals(seed: int, classes: int) -> Tensor:
 def did(target: Tensor, ref: Tensor) -> Tensor:
     """Thm 3.2: log-probs (..., classes) of the differential information distribution from ref to target."""
     return (target - ref).log_softmax(-1)
+
+
+def entropy(logps: Tensor) -> Tensor:
+    """Nats, (...), of distributions given as log-probs, (..., classes)."""
+    return -(logps.exp() * logps).sum(-1)
 
 
 def rejected_policy(target: Tensor, ref: Tensor, beta: float) -> Tensor:
@@ -328,6 +337,13 @@ def main(args: Args) -> None:
             cells.append(f"{percent(shares[beta])} at {beta:.3g}")
         best_rows.append((name, *cells))
 
+    entropy_rows = []
+    for tau in TAUS:
+        target = (tau * logits[:, 0]).log_softmax(-1)
+        values = [entropy(logps) for logps in (target, did(target, ref))]
+        lower = int((values[1] < entropy(ref)).sum())
+        entropy_rows.append((f"{tau:g}", *(report.spread(v.tolist(), 2) for v in values), f"{lower} of {len(seeds)}"))
+
     special = BETA * (TARGETS["reinforcing"] - 1) / TARGETS["reinforcing"]
     text = f"""JS divergence to the target as a share of the reference's, mean and range over {len(seeds)} seeds, with
 beta {BETA:g}. The reference's, in nats: {start}.
@@ -342,6 +358,13 @@ So "none of the others" holds at one beta. The reinforcing target is a power of 
 beta' log pi ends at ref^((tau - 1) beta / beta'), which is the target if beta' = beta (tau - 1) / tau,
 here {special:.3g}. IPO comes close with beta' = beta / 4, as its margins are proportional to DPO's where
 preferences are near 50%. A target that has nothing to do with the reference is reached by DPO's reward alone.
+
+Entropies of targets that are ref^tau and of their DIDs; the reference's is {report.spread(entropy(ref).tolist(), 2)}.
+
+{report.table(["tau", "H(target), nats", "H(DID), nats", "H(DID) below H(ref), seeds"], entropy_rows)}
+Claim 4.1 expects H(DID) below H(ref) where the target reinforces the reference. The DID of ref^tau is ref^(tau - 1):
+flatter than ref for every tau between 1 and 2, so a gently reinforced policy goes with a DID of higher entropy than
+the reference's, and the claim's first half is true above tau 2 only.
 """
     report.save(args, "did_energy", verdicts, text, draw(measured, distances))
 

@@ -18,6 +18,9 @@ The second step stops long before its optimum, in the paper (one epoch at lr 1e-
 only beside another one from the same settings. Appendix K decodes greedily in the first step; here it samples, which is
 what the identity of App. F.2 is about. In the paper's Table 2, too, one DPO setting has a lower entropy than DPO-PG;
 K.1 calls it an outlier.
+
+What Claim 4.1 expects beside that, H(DID) below H(ref) where a policy reinforces ref, is not judged here: it is false
+for a policy proportional to ref^tau with tau between 1 and 2, whose DID is ref^(tau - 1) (did_energy.py).
 """
 
 import contextlib

@@ -93,6 +93,16 @@ def test_log_pi_has_a_beta_for_the_reinforcing_target():
     assert (end.exp() - target.exp()).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("tau, lower", [(1.2, False), (1.5, False), (1.9, False), (2.1, True), (3.0, True)])
+def test_claim_4_1_needs_a_tau_above_2(tau, lower):
+    """A target ref^tau with tau above 1 has less entropy than ref; its DID only where it is sharper than ref itself."""
+    ref, target = policies(tau)
+    by_hand = [-sum(p * math.log(p) for p in logps.exp().tolist()) for logps in (ref, target, did(target, ref))]
+    for logps, expected in zip((ref, target, did(target, ref)), by_hand):
+        assert did_energy.entropy(logps).item() == pytest.approx(expected, rel=1e-12)
+    assert by_hand[1] < by_hand[0] and (by_hand[2] < by_hand[0]) == lower
+
+
 def verdicts(folder):
     return {verdict["paper"]: verdict for verdict in json.loads((folder / "did_energy.json").read_text())["verdicts"]}
 
