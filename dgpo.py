@@ -1,9 +1,9 @@
 """DGPO: Mitigating Likelihood Displacement with Bidirectional KL Divergence Gap
 https://openreview.net/forum?id=wmi6satsIu
 
-DPO widens the gap between chosen and rejected responses, mostly by lowering both. DGPO maximises the forward minus the
-reverse KL divergence between the two, which is the gap of their log-probs, and weighs it with how likely the model
-finds them: a pair pushes hard where the model is sure, softly where it has drifted away. There is no reference model.
+DPO widens the gap between chosen and rejected responses, mostly by lowering both. DGPO sets out from the forward minus
+the reverse KL divergence between the two, takes the gap of their log-probs for it, and weighs that with how likely the
+model finds them: a pair pushes hard where the model is sure, softly where it has drifted away. No reference model.
 
     loss = -log s( beta * (pi_w + pi_l) * (log pi_w - log pi_l) )                                              (Eq. 11)
 
@@ -66,7 +66,7 @@ class Args:
     eval_dataset: str = ""  # Pairs for evaluation; empty: --eval-split of --dataset
     eval_split: str = "test_prefs"  # Split to evaluate on; empty: none; of a file the part in brackets, train[90%:]
     max_length: int = 2048  # Tokens of prompt and response together (App. E)
-    max_prompt_length: int = 1800  # Last tokens that the prompt of a longer pair keeps (SimPO's recipe)
+    max_prompt_length: int = 1800  # Last tokens that the prompt of a longer pair keeps (ours, after SimPO's)
 
     # ALGO: begin
     beta: float = 2.5  # Weight of the KL gap (Sec. 4.7, Fig. 7)

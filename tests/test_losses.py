@@ -66,6 +66,33 @@ def test_dgpo_1():
     torch.testing.assert_close(dgpo_loss(a, b, 2.5), -logsigmoid(2.5 * (a - b)), rtol=1e-12, atol=0)
 
 
+def kl_gap(p, q):
+    """Forward less reverse KL divergence of two distributions given as log-probs, summed over positions."""
+    return ((p.exp() + q.exp()) * (p - q)).sum()
+
+
+def test_eq_10_is_no_identity():
+    """The gap of the two divergences is not the gap of the log-probs: not with (0.8, 0.2) and (0.2, 0.8), where it is 0
+    and not log 4 (docs/dgpo.md), and not on a small Llama, position by position as in App. C.
+    """
+    p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ((0.8, 0.2), (0.2, 0.8)))
+    assert kl_gap(p, q).item() == pytest.approx(0, abs=1e-15)
+    assert (p - q)[0, 0].exp().item() == pytest.approx(4)
+    model, divergences, logps = tiny.model(), [], []
+    for row in tiny.pair_rows(24):
+        whole = [row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")]
+        n = min(len(ids) for ids in whole) - len(row["prompt_ids"])  # positions that both responses have
+        with torch.no_grad():
+            ends = [model(torch.tensor([ids])).logits[0, len(row["prompt_ids"]) - 1 :][:n] for ids in whole]
+        p, q = (logits.double().log_softmax(1) for logits in ends)
+        chosen, rejected = (torch.tensor(row[name][:n])[:, None] for name in ("chosen_ids", "rejected_ids"))
+        divergences.append(kl_gap(p, q))
+        logps.append((p.gather(1, chosen) - q.gather(1, rejected)).sum())
+    divergences, logps = torch.stack(divergences), torch.stack(logps)
+    assert divergences.abs().mean() < 0.1 * logps.abs().mean()
+    assert (divergences.sign() != logps.sign()).sum() > 6
+
+
 def test_dgpo_forward():
     """Log-probs are averaged over tokens; d_w/d_l as logged is the ratio of the two derivatives of the loss."""
     model, rows = tiny.model(), tiny.pair_rows()
