@@ -1,15 +1,15 @@
-"""DPO-Projected Gradient (DPO-PG), from: Differential Information Distribution, a Bayesian View of DPO (App. H)
+"""DPO-Projected Gradient (DPO-PG), App. H of
+Differential Information: An Information-Theoretic Perspective on Preference Optimization
 https://arxiv.org/abs/2505.23761
 
 DPO lowers its loss mostly by making the rejected response less likely, and drags the chosen one down with it. DPO-PG
-follows the gradient that makes the chosen response more likely, less the part of it that would make the rejected one
-more likely too. To first order the chosen log-prob rises, the rejected one does not, and so DPO's loss falls.
+follows the gradient that makes the chosen responses more likely, less what would make the rejected ones so too.
 
     L_w = mean over the batch of -log pi(y_w|x),  L_l the same for y_l;  g_w, g_l their gradients
     g = g_w - max(0, <g_w, g_l>) / ||g_l||^2 * g_l;   theta <- theta - lr * g                         (Definition H.1)
 
-    <g, g_w> >= 0    the chosen log-prob does not fall   (Theorem H.4)
-    <g, g_l> <= 0    the rejected one does not rise      (Theorem H.5)
+    <g, g_w> >= 0    to first order the mean chosen log-prob does not fall   (Theorem H.4)
+    <g, g_l> <= 0    and the mean rejected one does not rise                 (Theorem H.5)
 
 Inner products run over all parameters and the whole global batch. With another optimizer than SGD, g stands where the
 gradient would, and clipping clips g. No reference, no beta.
@@ -80,7 +80,7 @@ class Args:
 
     # Optimisation
     optimizer: Literal["adamw", "rmsprop"] = "rmsprop"  # RMSprop without weight decay (App. J.2)
-    lr: float = 1e-6  # Peak learning rate (App. K; J.2 lost the number)
+    lr: float = 1e-6  # Peak learning rate (ours; J.2's is not known to us, App. K has it for pi')
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "constant_with_warmup"  # After warm-up (App. J.2)
     warmup: float = 150  # Linear warm-up: a share of all steps if below 1, else steps (App. J.2)
     max_grad_norm: float = 1.0  # Norm to which the gradient is clipped (transformers' default)

@@ -230,6 +230,34 @@ def test_theorems_h4_and_h5(active, wide):
         assert moves[1][1] == pytest.approx(moves[0][1] / 10, rel=0.05)
 
 
+@pytest.mark.parametrize("shared", [0.0, 2.0], ids=["idle", "active"])
+@pytest.mark.parametrize("margin", [0.0, 2.0])
+def test_dpo_loss_may_rise(shared, margin):
+    """What Corollary H.5.1 overlooks. Two prompts with outcomes w, l and o, uniform at (u, v) = 0; u lifts w of the
+    first by 3 and lowers w of the second by 1, v lifts all w and l by `shared`. Both means move as H.4 and H.5 say. At
+    the reference (margin 0) DPO's loss falls too; where the first pair has a margin of 2 already, DPO weighs it with
+    s(-2) = 0.12 and the second, which the step hurts, with 0.5, and 3 * 0.12 < 0.5: its loss rises.
+    """
+    ref = torch.tensor([[-margin, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64).log_softmax(1)
+
+    def losses(u, v):
+        zero = torch.zeros_like(u)
+        logits = torch.stack([3 * u + shared * v, shared * v, zero, shared * v - u, shared * v, zero]).view(2, 3)
+        a, b, _ = logits.log_softmax(1).unbind(1)
+        return -a.mean(), -b.mean(), hdpo.hdpo_loss(a, b, ref[:, 0], ref[:, 1], alpha=1.0, beta=1.0).mean()
+
+    start = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    before = losses(*start)
+    g_w, g_l, g_dpo = (torch.autograd.grad(loss, start, retain_graph=True) for loss in before)
+    assert (dpo_pg.inner(g_w, g_l) > 0) == (shared > 0)
+    g = project(list(g_w), list(g_l))
+    assert dpo_pg.inner(g, g_w) > 0 and dpo_pg.inner(g, g_l) < 1e-15
+    assert (dpo_pg.inner(g, g_dpo) < 0) == (margin > 0)
+    moved = [(new - old).item() for new, old in zip(losses(*(x - 1e-4 * d for x, d in zip(start, g))), before)]
+    assert moved[0] < 0 and moved[1] > -1e-8  # what is left of the second is of second order
+    assert (moved[2] > 0) == (margin > 0) and abs(moved[2]) > 1e-6
+
+
 def sharded_update(folder, model, rows):
     """In one of several processes: one SGD step with the model sharded and each process running its share of pairs."""
     accelerator = Accelerator(cpu=True)
