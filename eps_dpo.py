@@ -75,13 +75,13 @@ class Args:
 
     # ALGO: begin
     beta: float = 0.01  # KL penalty at the start (App. B.1)
-    epsilon: float = 0.01  # Size of the perturbation of beta; 0: DPO (App. B.1 searches 0.005, 0.01 and 0.02)
+    epsilon: float = 0.01  # Size of the perturbation of beta; 0: DPO (the authors' choice from B.1's 0.005, 0.01, 0.02)
     ref_model: str = ""  # Reference policy; empty: the model before training
     # ALGO: end
 
     # Optimisation
     optimizer: Literal["adamw", "rmsprop"] = "adamw"  # AdamW without weight decay (App. B.1)
-    lr: float = 3e-7  # Peak learning rate (App. B.1; 7e-7 for Llama-3)
+    lr: float = 3e-7  # Peak learning rate (the authors' configuration; 7e-7 for Llama-3; App. B.1 has a grid)
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"  # After warm-up (App. B.1)
     warmup: float = 0.1  # Linear warm-up: a share of all steps if below 1, else steps (App. B.1)
     max_grad_norm: float = 1.0  # Norm to which the gradient is clipped (transformers' default)
