@@ -2,8 +2,10 @@
 And a multiple-choice calibration tool for any causal model, on a local file.
 
     python experiments/calibration.py                                     (two CPU cores, about five minutes)
-    python experiments/calibration.py --model mistralai/Mistral-7B-Instruct-v0.2 --data mmlu.jsonl.gz
+    python experiments/calibration.py --model mistralai/Mistral-7B-Instruct-v0.2 --data mmlu.jsonl
     python experiments/calibration.py --model runs/dpl/model --data truthfulqa_mc.json
+
+MMLU from the hub: load_dataset("cais/mmlu", "all", split="test").to_json("mmlu.jsonl"), with load_dataset of datasets.
 
 The tool asks with the prompt of DPL's appendix D, reads the probabilities of the tokens A to D, and prints
 
@@ -158,14 +160,19 @@ def read_questions(path: str, seed: int) -> list[Question]:
 
 
 def mmlu(row: dict, where: str, rng: random.Random) -> Question:
-    """{"question", "options": [text, ...], "answer": "B"}"""
-    options, answer = row.get("options"), row.get("answer")
+    """{"question", "options": [text, ...], "answer": "B"}, or as on the hub {"question", "choices", "answer": 1}"""
+    name = "choices" if "choices" in row else "options"
+    options, answer = row.get(name), row.get("answer")
     if isinstance(options, list):  # copies of MMLU that went through pandas have NaN where the choice reads "None"
         options = ["None" if option != option else option for option in options]
     if not (isinstance(options, list) and 2 <= len(options) <= 4 and all(isinstance(o, str) for o in options)):
-        fail(f'{where}: expected "options" as a list of two to four texts')
-    if not isinstance(answer, str) or answer not in tuple(LETTERS[: len(options)]):
-        fail(f'{where}: "answer" is {answer!r}, expected a letter from A to {LETTERS[len(options) - 1]}')
+        fail(f'{where}: expected "{name}" as a list of two to four texts')
+    last = len(options) - 1
+    if name == "choices" and type(answer) is int and 0 <= answer <= last:
+        return Question(row["question"], options, answer)
+    if not isinstance(answer, str) or answer not in tuple(LETTERS[: last + 1]):
+        number = f" or a number from 0 to {last}" * (name == "choices")
+        fail(f'{where}: "answer" is {answer!r}, expected a letter from A to {LETTERS[last]}{number}')
     return Question(row["question"], options, LETTERS.index(answer))
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from calibration import Args, Question
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -215,6 +216,7 @@ def write(path, text):
 
 
 ROW = {"question": "2?", "options": ["1", "2", "3", "4"], "answer": "B"}
+HUB = {"question": "2?", "choices": ["1", "2", "3", "4"], "answer": 1}
 ONE_OF_SIX = {"question": "?", "mc1_targets": {"right": 1} | {f"wrong {i}": 0 for i in range(5)}}
 
 
@@ -226,6 +228,16 @@ def test_mmlu(tmp_path, name, capsys):
         Question("2?", ["a", "b"], 1),
     ]
     assert "2 questions, 1 of them with fewer than four choices" in capsys.readouterr().out
+
+
+def test_mmlu_as_the_hub_has_it(tmp_path):
+    """Rows of cais/mmlu, which count the answer from 0, through datasets' own to_json; the same questions by letter."""
+    hub = [{"question": "2?", "subject": "s", "choices": list("1234"), "answer": index} for index in range(4)]
+    path = tmp_path / "q.jsonl"
+    Dataset.from_list(hub).to_json(path)
+    letters = "".join(json.dumps(ROW | {"answer": letter}) + "\n" for letter in "ABCD")
+    expected = calibration.read_questions(write(tmp_path / "letters.jsonl", letters), 0)
+    assert calibration.read_questions(str(path), 0) == expected and [q.answer for q in expected] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ("q.json", "q.json.gz"))
@@ -257,6 +269,14 @@ def test_truthfulqa(tmp_path, name, capsys):
         ("q.jsonl", json.dumps(ROW | {"answer": "E"}), "row 1: \"answer\" is 'E', expected a letter from A to D"),
         ("q.jsonl", json.dumps(ROW | {"options": ["1", "2"], "answer": "C"}), "expected a letter from A to B"),
         ("q.jsonl", json.dumps(ROW | {"answer": 1}), 'row 1: "answer" is 1'),
+        (
+            "q.jsonl",
+            json.dumps(HUB | {"answer": 4}),
+            'row 1: "answer" is 4, expected a letter from A to D or a number from 0 to 3',
+        ),
+        ("q.jsonl", json.dumps(HUB | {"answer": -1}), 'row 1: "answer" is -1'),
+        ("q.jsonl", json.dumps(HUB | {"answer": True}), 'row 1: "answer" is True'),
+        ("q.jsonl", json.dumps(HUB | {"choices": ["1"]}), 'row 1: expected "choices"'),
         ("q.jsonl", json.dumps(ONE_OF_SIX), 'row 1: expected "options"'),
         ("q.json", json.dumps(ROW), "expected a list of questions"),
         ("q.json", "[]", "it is empty"),
