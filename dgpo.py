@@ -1,16 +1,14 @@
 """DGPO: Mitigating Likelihood Displacement with Bidirectional KL Divergence Gap
 https://openreview.net/forum?id=wmi6satsIu
 
-DPO widens the gap between chosen and rejected responses, mostly by lowering both. DGPO sets out from the forward minus
-the reverse KL divergence between the two, takes the gap of their log-probs for it, and weighs that with how likely the
-model finds them: a pair pushes hard where the model is sure, softly where it has drifted away. No reference model.
+DPO widens the gap between chosen and rejected responses, mostly by lowering both. DGPO has no reference: it takes the
+gap of their log-probs and weighs it with how likely the model finds them, so as to push softly where it has drifted.
 
     loss = -log s( beta * (pi_w + pi_l) * (log pi_w - log pi_l) )                                              (Eq. 11)
 
     s                     the logistic function
     log pi_w, log pi_l    log-probs of the chosen and the rejected response, averaged over its tokens (docs/dgpo.md)
     pi_w, pi_l            their exponentials; part of the graph, not detached (Sec. 3.2 differentiates them)
-    beta                  the only hyper-parameter
 
 On the toy (two CPU cores, half a minute), on one GPU, on eight:
 
@@ -69,7 +67,8 @@ class Args:
     max_prompt_length: int = 1800  # Last tokens that the prompt of a longer pair keeps (ours, after SimPO's)
 
     # ALGO: begin
-    beta: float = 2.5  # Weight of the KL gap (Sec. 4.7, Fig. 7)
+    beta: float = 2.5  # Weight of the gap (Sec. 4.7, Fig. 7)
+    weighted: bool = True  # Weigh a pair by pi_w + pi_l (Eq. 11); --no-weighted: by 1, which is DGPO_1 (Eq. 10)
     # ALGO: end
 
     # Optimisation
@@ -97,9 +96,9 @@ class Args:
 
 
 # ALGO: begin
-def dgpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float) -> Tensor:
+def dgpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, beta: float, weighted: bool = True) -> Tensor:
     """Eq. 11 for each pair, of log pi_w and log pi_l averaged over the tokens: (pairs,) each, and so is the result."""
-    weight = chosen_logps.exp() + rejected_logps.exp()  # (pairs,): pi_w + pi_l
+    weight = chosen_logps.exp() + rejected_logps.exp() if weighted else 1.0  # (pairs,): pi_w + pi_l; 1 makes it Eq. 10
     return -logsigmoid(beta * weight * (chosen_logps - rejected_logps))
 
 
@@ -107,22 +106,23 @@ def forward(model, batch, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss of each pair, and what is logged of it: all (pairs,)."""
     chosen_logps, rejected_logps = response_logps(model, batch)
     a, b = chosen_logps / batch.chosen_lengths, rejected_logps / batch.rejected_lengths
-    losses = dgpo_loss(a, b, args.beta)
+    losses = dgpo_loss(a, b, args.beta, args.weighted)
     pi_w, pi_l = a.detach().exp(), b.detach().exp()
+    weight, moves = (pi_w + pi_l, a - b) if args.weighted else (1.0, 0.0 * a)  # moves: what the weight's gradient adds
     return losses, {
-        "rewards/margin": args.beta * (pi_w + pi_l) * (a - b),
+        "rewards/margin": args.beta * weight * (a - b),
         "rewards/accuracy": (a > b).float(),
         "logps/chosen": a,
         "logps/rejected": b,
         "pi_w": pi_w,
         "pi_l": pi_l,
-        # How hard the gradient of Eq. 11 pushes log pi_w up for each unit it pushes log pi_l down (docs/dgpo.md).
-        "d_w/d_l": (pi_w + pi_l + pi_w * (a - b)) / (pi_w + pi_l - pi_l * (a - b)),
+        # How hard the gradient of the loss pushes log pi_w up for each unit it pushes log pi_l down (docs/dgpo.md).
+        "d_w/d_l": (weight + pi_w * moves) / (weight - pi_l * moves),
     }
 
 
 MAY_BE_ZERO = {"steps", "warmup", "seed", "lora_rank", "lora_dropout"}
-PANELS = ["loss", "logps/chosen logps/rejected", "rewards/accuracy", "rewards/margin", "pi_w pi_l"]
+PANELS = ["loss", "logps/chosen logps/rejected", "rewards/accuracy", "rewards/margin", "pi_w pi_l", "d_w/d_l"]
 # ALGO: end
 
 

@@ -60,10 +60,20 @@ def test_dgpo_gradient(beta):
 
 
 def test_dgpo_1():
-    """Where pi_w + pi_l = 1 the weight of Eq. 11 is 1, which leaves Eq. 10, DGPO_1: -log s(beta (a - b))."""
+    """Where pi_w + pi_l = 1 the weight of Eq. 11 is 1, which leaves Eq. 10, DGPO_1: -log s(beta (a - b)); and so does
+    weighted=False, anywhere.
+    """
     pi = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
     a, b = pi.log(), (1 - pi).log()
     torch.testing.assert_close(dgpo_loss(a, b, 2.5), -logsigmoid(2.5 * (a - b)), rtol=1e-12, atol=0)
+    a, b = grid()
+    torch.testing.assert_close(dgpo_loss(a, b, 2.5, False), -logsigmoid(2.5 * (a - b)), rtol=1e-12, atol=0)
+
+
+def test_dgpo_of_sums_has_no_gradient():
+    """Eq. 11 of log-probs summed over 300 tokens, near -1 each: nothing is left of the gradient (docs/dgpo.md, 1)."""
+    a, b = (torch.tensor([300 * x], requires_grad=True) for x in (-1.0, -1.1))
+    assert all(gradient.item() == 0 for gradient in torch.autograd.grad(dgpo_loss(a, b, 2.5).sum(), (a, b)))
 
 
 def kl_gap(p, q):
@@ -93,20 +103,21 @@ def test_eq_10_is_no_identity():
     assert (divergences.sign() != logps.sign()).sum() > 6
 
 
-def test_dgpo_forward():
+@pytest.mark.parametrize("weighted", [True, False])
+def test_dgpo_forward(weighted):
     """Log-probs are averaged over tokens; d_w/d_l as logged is the ratio of the two derivatives of the loss."""
     model, rows = tiny.model(), tiny.pair_rows()
     batch = common.collate(rows)
     with tiny.packed(model):
-        losses, metrics = dgpo_forward(model, batch, DgpoArgs(beta=2.5))
+        losses, metrics = dgpo_forward(model, batch, DgpoArgs(beta=2.5, weighted=weighted))
         chosen, rejected = common.response_logps(model, batch)
     a = (chosen / torch.tensor([len(row["chosen_ids"]) for row in rows])).detach().requires_grad_()
     b = (rejected / torch.tensor([len(row["rejected_ids"]) for row in rows])).detach().requires_grad_()
-    expected = dgpo_loss(a, b, 2.5)
+    expected = dgpo_loss(a, b, 2.5, weighted)
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=1e-6)
     d_w, d_l = torch.autograd.grad(expected.sum(), (a, b))
     torch.testing.assert_close(metrics["d_w/d_l"].double(), -d_w / d_l, rtol=1e-5, atol=1e-5)
-    margin = (a.exp() + b.exp()) * (a - b) * 2.5
+    margin = (a.exp() + b.exp() if weighted else 1.0) * (a - b) * 2.5
     torch.testing.assert_close(metrics["rewards/margin"], margin, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(metrics["pi_w"] + metrics["pi_l"], a.exp() + b.exp(), rtol=1e-5, atol=1e-6)
 
