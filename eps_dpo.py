@@ -11,10 +11,9 @@ pair's log-ratio moves with beta in one direction, takes the beta that separates
     beta_pair = beta_minus  if R_minus > R > R_plus,  beta_plus  if R_minus < R < R_plus,  else beta         (Eq. 1-5)
     loss = -log s( beta_pair * ((a - b) - (a0 - b0)) ),  then  beta <- mean of beta_pair over the batch
 
-    s        the logistic function
     f, f0    logits of the policy and of the reference
     a, b     log pi(y_w|x) and log pi(y_l|x), summed over the response's tokens; a0, b0 the same under the reference
-    eps      size of the perturbation; 0 is DPO
+    eps, s   size of the perturbation and of beta's step, 0 is DPO; the logistic function
 
 On the toy (two CPU cores), on one GPU with LoRA, on eight:
 
@@ -76,6 +75,8 @@ class Args:
     # ALGO: begin
     beta: float = 0.01  # KL penalty at the start (App. B.1)
     epsilon: float = 0.01  # Size of the perturbation of beta; 0: DPO (the authors' choice from B.1's 0.005, 0.01, 0.02)
+    step_epsilon: float = 0.0  # Size of beta's step, epsilon_s in Table 3, where it is another one; 0: --epsilon
+    bf16_decisions: bool = False  # Decide in bf16 as the authors' code does: most pairs tie (docs/eps_dpo.md)
     ref_model: str = ""  # Reference policy; empty: the model before training
     # ALGO: end
 
@@ -104,36 +105,25 @@ class Args:
 
 
 # ALGO: begin
-def adaptive_beta(
-    logratios: Tensor, logratios_minus: Tensor, logratios_plus: Tensor, beta: float | Tensor, epsilon: float
-) -> Tensor:
-    """beta of each pair (Eq. 1-5).
-    logratios: R, log pi(y_w|x) - log pi(y_l|x), (pairs,); _minus and _plus the same under the policies at
-    beta / (1 + epsilon) and beta / (1 - epsilon). Both inequalities are strict: a tie keeps beta. Returns (pairs,).
-    """
-    betas = torch.as_tensor(beta, dtype=logratios.dtype, device=logratios.device).expand_as(logratios)
-    falling = (logratios_minus > logratios) & (logratios > logratios_plus)  # a smaller beta separates the pair better
-    rising = (logratios_minus < logratios) & (logratios < logratios_plus)
+def adaptive_beta(r: Tensor, r_minus: Tensor, r_plus: Tensor, beta: float | Tensor, epsilon: float) -> Tensor:
+    """beta of each pair (Eq. 1-5), from R, R_minus and R_plus, (pairs,) each; a tie keeps beta. Returns (pairs,)."""
+    betas = torch.as_tensor(beta, dtype=r.dtype, device=r.device).expand_as(r)
+    falling = (r_minus > r) & (r > r_plus)  # a smaller beta separates the pair better
+    rising = (r_minus < r) & (r < r_plus)
     return torch.where(falling, betas / (1 + epsilon), torch.where(rising, betas / (1 - epsilon), betas))
 
 
-def eps_dpo_loss(
-    chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, beta
-) -> Tensor:
+def eps_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta) -> Tensor:
     """DPO's loss of each pair, from summed log-probs, (pairs,); beta, a constant, is a number or (pairs,)."""
     return -logsigmoid(beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)))
 
 
 def perturbed_logps(logits: Tensor, ref_logits: Tensor, targets: Tensor, epsilon: float) -> tuple[Tensor, ...]:
-    """What the perturbation does to the log-prob of each target (Prop. 1), and what is needed beside it.
-    logits, ref_logits: f and f0, (tokens, vocab). Returns four tensors (tokens,): log pi_minus - log pi and
-    log pi_plus - log pi of the targets, their log-prob under the reference, and KL(pi, ref) at their positions.
-
-    With d = f - f0, log_softmax(f + eps d) - log_softmax(f) = eps d - log E_pi[exp(eps d)]: as a difference of two
-    log_softmax it would drown in float32 rounding early in training, when d is tiny.
+    """Of f and f0, (tokens, vocab): log pi_minus - log pi and log pi_plus - log pi of the targets (Prop. 1), their
+    log-prob under the reference, and KL(pi, ref) at their positions, (tokens,) each. As differences of log_softmax the
+    first two would drown in float32 rounding early on: with d = f - f0 they are eps d - log E_pi[exp(eps d)].
     """
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    f, f0 = logits.to(wide), ref_logits.to(wide)
+    f, f0 = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, ref_logits))
     d, pi = f - f0, f.softmax(-1)  # (tokens, vocab)
     own = d.gather(1, targets[:, None])[:, 0]  # (tokens,)
 
@@ -144,6 +134,15 @@ def perturbed_logps(logits: Tensor, ref_logits: Tensor, targets: Tensor, epsilon
     plus = -epsilon * own - log_mean_exp(-epsilon)
     kl = torch.linalg.vecdot(pi, d) + log_mean_exp(-1.0)
     return minus, plus, f0.gather(1, targets[:, None])[:, 0] - f0.logsumexp(-1), kl
+
+
+def bf16_logratios(chunks, batch, epsilon: float):
+    """R, R_minus and R_plus, (pairs,) each, with every step of theirs rounded to bf16 as in the authors' code."""
+    for e in (0.0, epsilon, -epsilon):
+        mixed = ((((1 + e) * f.bfloat16() - e * f0.bfloat16()).log_softmax(-1), targets) for f, f0, targets in chunks)
+        logps = torch.cat([values.gather(1, targets[:, None])[:, 0] for values, targets in mixed])  # (targets,)
+        chosen, rejected = (total.bfloat16() for total in sum_responses(logps.double(), batch))
+        yield chosen - rejected
 
 
 def freeze(model, dtype: torch.dtype):
@@ -161,12 +160,14 @@ def forward(model, reference, batch, beta: float, args: Args, chunk: int = 512) 
         ref_logits = response_logits(reference, batch)  # (targets, vocab); under LoRA with the adapters off
     logits = response_logits(model, batch)  # (targets, vocab)
     with torch.no_grad():
-        chunks = zip(*(tensor.split(chunk) for tensor in (logits, ref_logits, batch.targets)))
+        chunks = list(zip(*(tensor.split(chunk) for tensor in (logits, ref_logits, batch.targets))))
         pieces = [perturbed_logps(*piece, args.epsilon) for piece in chunks]
         minus, plus, ref_logps, kl = (sum_responses(torch.cat(values), batch) for values in zip(*pieces))
         # R is subtracted from R_minus, R and R_plus, which changes no inequality (docs/eps_dpo.md, 1).
         r, r_minus, r_plus = torch.zeros_like(kl[0]), minus[0] - minus[1], plus[0] - plus[1]
-        betas = adaptive_beta(r.double(), r_minus.double(), r_plus.double(), beta, args.epsilon)
+        if args.bf16_decisions:
+            r, r_minus, r_plus = bf16_logratios(chunks, batch, args.epsilon)
+        betas = adaptive_beta(*(x.double() for x in (r, r_minus, r_plus)), beta, args.step_epsilon or args.epsilon)
     a, b = sum_responses(common.token_logps(logits, batch.targets), batch)
     losses = eps_dpo_loss(a, b, *ref_logps, betas.to(a.dtype))
     margins = betas * ((a - b) - (ref_logps[0] - ref_logps[1]))
@@ -184,7 +185,7 @@ def forward(model, reference, batch, beta: float, args: Args, chunk: int = 512) 
     }
 
 
-MAY_BE_ZERO = {"steps", "warmup", "seed", "lora_rank", "lora_dropout", "epsilon"}
+MAY_BE_ZERO = {"steps", "warmup", "seed", "lora_rank", "lora_dropout", "epsilon", "step_epsilon"}
 PANELS = ["loss", "logps/chosen logps/rejected", "rewards/accuracy", "beta", "share/beta_minus share/beta_plus", "kl"]
 # ALGO: end
 
@@ -239,8 +240,9 @@ def main(args: Args) -> None:
             expected = "0 or more" if name in MAY_BE_ZERO else "a number above 0"
             fail(f"--{name.replace('_', '-')} {value}: expected {expected}{', less than 1' * (top == 1)}")
     # ALGO: begin
-    if not 0 <= args.epsilon < 1:
-        fail(f"--epsilon {args.epsilon}: expected a number from 0 to below 1")
+    for name, value in {"epsilon": args.epsilon, "step-epsilon": args.step_epsilon}.items():
+        if value >= 1:
+            fail(f"--{name} {value}: expected a number from 0 to below 1")
     # ALGO: end
     if args.max_prompt_length >= args.max_length:
         fail(f"--max-prompt-length {args.max_prompt_length} leaves no room in --max-length {args.max_length}")

@@ -250,6 +250,54 @@ def test_decisions_in_float32():
     assert (got == betas(*exact)).double().mean() > 0.98
 
 
+def bf16_decision(policy, reference, row, epsilon):
+    """-1, 0 or 1 for beta_minus, beta, beta_plus, as a trainer decides whose logits, log_softmax and sums are bf16."""
+    ratios = []
+    for e in (0, epsilon, -epsilon):
+        sums = []
+        for name in BOTH:
+            ids, start = torch.tensor([row["prompt_ids"] + row[f"{name}_ids"]]), len(row["prompt_ids"])
+            with torch.no_grad():
+                f, f0 = (model(ids).logits[0, start - 1 : -1].to(torch.bfloat16) for model in (policy, reference))
+            perturbed = f if e == 0 else (1 + e) * f - e * f0
+            sums.append(perturbed.log_softmax(-1).gather(1, ids[0, start:, None]).sum())
+        ratios.append(sums[0] - sums[1])
+        assert ratios[-1].dtype == torch.bfloat16
+    r, r_minus, r_plus = (ratio.item() for ratio in ratios)
+    return (r_minus < r < r_plus) - (r_minus > r > r_plus)
+
+
+def test_bf16_decisions(wide):
+    """--bf16-decisions decides as the authors' arithmetic does, pair by pair, whatever the chunks; exact arithmetic
+    adapts every pair at every epsilon, bf16 few, and more of them as epsilon grows (docs/eps_dpo.md, 2).
+    """
+    reference = tiny.model().requires_grad_(False)
+    policy, rows = policy_of(reference, size=0.2), tiny.pair_rows(40)
+    adapted = []
+    for epsilon in (0.005, 0.02, 0.1):
+        exact, args = (eps_dpo.Args(beta=0.1, epsilon=epsilon, bf16_decisions=bf16) for bf16 in (False, True))
+        expected = torch.tensor([bf16_decision(policy, reference, row, epsilon) for row in rows])
+        for chunk in (512, 7):
+            losses, metrics = forward(policy, reference, rows, args, chunk)
+            assert torch.equal(metrics["share/beta_plus"] - metrics["share/beta_minus"], expected.to(losses.dtype))
+        adapted.append(expected.abs().sum().item())
+        assert (forward(policy, reference, rows, exact)[1]["beta"] != 0.1).sum() > 36
+    assert adapted[0] < adapted[1] < adapted[2] and adapted[0] < 12
+
+
+def test_step_epsilon(wide):
+    """Decisions with --epsilon, steps with --step-epsilon: beta / 1.25 and beta / 0.75 where it would be by 0.02."""
+    reference = tiny.model().requires_grad_(False)
+    policy, rows = policy_of(reference), tiny.pair_rows(12)
+    one = forward(policy, reference, rows)[1]["beta"]
+    two = forward(policy, reference, rows, eps_dpo.Args(beta=0.1, epsilon=0.02, step_epsilon=0.25))[1]["beta"]
+    steps = {0.1 / 1.02: 0.1 / 1.25, 0.1 / 0.98: 0.1 / 0.75, 0.1: 0.1}
+    expected = [
+        next(new for old, new in steps.items() if beta == pytest.approx(old, rel=1e-9)) for beta in one.tolist()
+    ]
+    assert len(set(expected)) > 1 and two.tolist() == pytest.approx(expected, rel=1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Micro-batches and LoRA
 
@@ -391,6 +439,7 @@ def test_lora_run(made, tmp_path, wide):
     "flag, value, expected",
     [
         ("epsilon", 1.0, "a number from 0 to below 1"),
+        ("step_epsilon", 1.0, "a number from 0 to below 1"),
         *(("epsilon", value, "0 or more") for value in (-0.1, math.nan)),
         *(("beta", value, "a number above 0") for value in (0.0, -1.0, math.nan)),
     ],
@@ -400,5 +449,5 @@ def test_bad_input(flag, value, expected, tmp_path):
     changes = {"model": "/no/such/model", "dataset": "/no/such.jsonl", "output_dir": str(tmp_path / "run"), flag: value}
     with pytest.raises(SystemExit) as error:
         eps_dpo.main(eps_dpo.Args(**changes))
-    assert str(error.value) == f"error: --{flag} {value}: expected {expected}"
+    assert str(error.value) == f"error: --{flag.replace('_', '-')} {value}: expected {expected}"
     assert not (tmp_path / "run").exists()
