@@ -72,7 +72,7 @@ class Args:
     # ALGO: end
 
     # Optimisation
-    optimizer: Literal["adamw", "rmsprop"] = "adamw"  # AdamW without weight decay (App. E)
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"  # AdamW (App. E) without weight decay (ours)
     lr: float = 5e-7  # Peak learning rate (ours, after SimPO's)
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"  # After warm-up (ours, after SimPO's)
     warmup: float = 0.1  # Linear warm-up: a share of all steps if below 1, else steps (App. E)
@@ -81,7 +81,7 @@ class Args:
     epochs: int = 1  # Passes over the pairs (App. E)
     steps: int = 0  # Optimizer steps; 0: as many as --epochs gives
     seed: int = 0  # Seed of the shuffle, and of LoRA's initial weights and dropout
-    lora_rank: int = 0  # Rank of adapters on all linear layers, at scale 1; 0: train all weights (App. E)
+    lora_rank: int = 0  # Rank of adapters on all linear layers, at scale 1; 0: train all weights (ours)
     lora_dropout: float = 0.0  # Dropout of the adapters' input
 
     # The run

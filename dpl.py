@@ -84,7 +84,7 @@ class Args:
     warmup: float = 150  # Linear warm-up: a share of all steps if below 1, else steps (App. B.3)
     max_grad_norm: float = 1.0  # Norm to which the gradient is clipped (transformers' default)
     batch_size: int = 8  # Pairs per optimizer step, over all processes (App. B.3)
-    epochs: int = 1  # Passes over the pairs
+    epochs: int = 1  # Passes over the pairs, where --steps is 0
     steps: int = 5000  # Optimizer steps; 0: as many as --epochs gives (App. B.3)
     seed: int = 0  # Seed of the shuffle, and of LoRA's initial weights and dropout
     lora_rank: int = 16  # Rank of adapters on all linear layers, at scale 1; 0: train all weights (App. B.3)

@@ -88,7 +88,7 @@ class Args:
     epochs: int = 5  # Passes over the pairs (App. J.2)
     steps: int = 0  # Optimizer steps; 0: as many as --epochs gives
     seed: int = 0  # Seed of the shuffle, and of LoRA's initial weights and dropout
-    lora_rank: int = 0  # Rank of adapters on all linear layers, at scale 1; 0: train all weights (App. J.2)
+    lora_rank: int = 0  # Rank of adapters on all linear layers, at scale 1; 0: train all weights (ours)
     lora_dropout: float = 0.0  # Dropout of the adapters' input
 
     # The run

@@ -78,6 +78,14 @@ def test_conversational_shapes(template, row, tmp_path):
     check_conversation(tokenizer, load(tmp_path, tokenizer, row)[0], END[template])
 
 
+def test_an_empty_system_turn_stays(tmp_path):
+    """What docs/hdpo.md offers for Zephyr's recipe: an empty system turn in front of a row is in front of its prompt."""
+    turns = [{"role": "system", "content": ""}, *TURNS]
+    tokens = tiny.tokenizer("zephyr")
+    row = load(tmp_path, tokens, {"chosen": [*turns, GOOD], "rejected": [*turns, BAD]})[0]
+    assert tokens.decode(row["prompt_ids"]).startswith("<s><|system|>\n</s>\n<|user|>\n")
+
+
 def test_prompt_string_beside_lone_answers(tmp_path):
     """A prompt string is the question where the messages hold answers only."""
     tokenizer = tiny.tokenizer("llama3")

@@ -39,10 +39,10 @@ def same(shown, default):
     return True
 
 
-def tables(page):
-    """Rows of the page's tables as lists of cells, each with its table's header."""
+def tables(text):
+    """Rows of the text's tables as lists of cells, each with its table's header."""
     header = None
-    for line in page.read_text().splitlines():
+    for line in text.splitlines():
         if not line.startswith("|"):
             header = None
             continue
@@ -55,7 +55,7 @@ def tables(page):
 
 def shown_defaults(page):
     """(field, cell) of all tables with a column of defaults; a row may name several fields as `a`, `b`."""
-    for header, cells in tables(page):
+    for header, cells in tables(page.read_text()):
         column = next((i for i, name in enumerate(header) if "default" in name), None)
         names = BESIDE.findall(cells[0])
         if column and names and len(cells) > column:
@@ -76,6 +76,49 @@ def test_defaults(script):
         assert same(cell, there[name]), f"docs/{script}.md: {name} is {there[name]!r}, not {cell}"
         seen += 1
     assert seen, f"docs/{script}.md: no table with a column of defaults"
+
+
+def flags_with_a_result(script):
+    """Fields of Args above `# The run`: what the result of a run depends on."""
+    args = (tiny.ROOT / f"{script}.py").read_text().split("class Args:\n")[1]
+    return re.findall(r"^    (\w+): .+ = ", args[: args.index("    # The run\n")], re.MULTILINE)
+
+
+def check_papers_words(script, text):
+    """A row for each of them, with its default, and where the paper has no word on it with what we took."""
+    parts = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    rows = [cells for part in ("All five", f"{script}.py") for _, cells in tables(parts[part])]
+    named, there = [BESIDE.findall(cells[0])[0].replace("-", "_") for cells in rows], fields(script)
+    assert sorted(named) == sorted(flags_with_a_result(script)), f"{script}.py: flags and rows"
+    for name, (_, default, said, where, taken) in zip(named, rows):
+        assert same(default, there[name]), f"{script}.py: {name} is {there[name]!r}, not {default}"
+        assert (said == "-") == (where == "-"), f"{script}.py: {name}: what the paper says, and where"
+        assert said != "-" or taken, f"{script}.py: {name}: the paper is silent, so what is it from?"
+
+
+WORDS = tiny.ROOT / "docs" / "defaults.md"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_papers_words(script):
+    check_papers_words(script, WORDS.read_text())
+
+
+@pytest.mark.parametrize(
+    "row, changed",
+    [
+        ("| `--lr` | 3e-7 |", "| `--lr` | 5e-7 |"),
+        ("| `--step-epsilon` | 0 |", "| `--epsilon-step` | 0 |"),
+        ("| `--train-split` | train | - | - | the authors' configuration |\n", ""),
+        ("| `--train-split` | train | - | - | the authors' configuration |", "| `--train-split` | train | - | - | |"),
+        ("| `--lora-dropout` | 0 | - | - | no adapters |", "| `--lora-dropout` | 0 | - | App. B.1 | no adapters |"),
+    ],
+)
+def test_other_words_are_seen(row, changed):
+    before, section, after = WORDS.read_text().partition("\n## eps_dpo.py\n")
+    assert row in after
+    with pytest.raises(AssertionError, match=r"eps_dpo\.py: "):
+        check_papers_words("eps_dpo", before + section + after.replace(row, changed, 1))
 
 
 def commands(text):
