@@ -79,7 +79,7 @@ def test_conversational_shapes(template, row, tmp_path):
 
 
 def test_an_empty_system_turn_stays(tmp_path):
-    """What docs/hdpo.md offers for Zephyr's recipe: an empty system turn in front of a row is in front of its prompt."""
+    """What docs/hdpo.md offers for Zephyr's recipe: an empty system turn before a row is before its prompt."""
     turns = [{"role": "system", "content": ""}, *TURNS]
     tokens = tiny.tokenizer("zephyr")
     row = load(tmp_path, tokens, {"chosen": [*turns, GOOD], "rejected": [*turns, BAD]})[0]

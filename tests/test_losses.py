@@ -152,6 +152,13 @@ def test_dpl_is_hdpo(alpha, beta):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-14)
 
 
+def test_dpl_without_a_reference():
+    """beta 1e-9 leaves the reward alpha log pi, the loss -log s(alpha (a - b)) (docs/dpl.md)."""
+    a, b, a0, b0 = random_logps(1000)
+    expected = torch.log1p(torch.exp(-0.1 * (a - b)))
+    torch.testing.assert_close(dpl_loss(a, b, a0, b0, 0.1, 1e-9), expected, rtol=1e-6, atol=1e-6)
+
+
 def plain_logps(model, rows):
     """Summed log-probs of both responses, one plain forward a sequence."""
     sums = []
