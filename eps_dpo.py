@@ -105,15 +105,17 @@ class Args:
 
 
 # ALGO: begin
-def adaptive_beta(r: Tensor, r_minus: Tensor, r_plus: Tensor, beta: float | Tensor, epsilon: float) -> Tensor:
-    """beta of each pair (Eq. 1-5), from R, R_minus and R_plus, (pairs,) each; a tie keeps beta. Returns (pairs,)."""
-    betas = torch.as_tensor(beta, dtype=r.dtype, device=r.device).expand_as(r)
-    falling = (r_minus > r) & (r > r_plus)  # a smaller beta separates the pair better
-    rising = (r_minus < r) & (r < r_plus)
+def adaptive_beta(logratios: Tensor, logratios_minus: Tensor, logratios_plus: Tensor, beta, epsilon: float) -> Tensor:
+    """beta of each pair (Eq. 1-5) from R, R_minus and R_plus, (pairs,) each; a tie keeps beta. Returns (pairs,)."""
+    betas = torch.as_tensor(beta, dtype=logratios.dtype, device=logratios.device).expand_as(logratios)
+    falling = (logratios_minus > logratios) & (logratios > logratios_plus)  # a smaller beta separates the pair better
+    rising = (logratios_minus < logratios) & (logratios < logratios_plus)
     return torch.where(falling, betas / (1 + epsilon), torch.where(rising, betas / (1 - epsilon), betas))
 
 
-def eps_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta) -> Tensor:
+def eps_dpo_loss(
+    chosen_logps: Tensor, rejected_logps: Tensor, ref_chosen_logps: Tensor, ref_rejected_logps: Tensor, beta
+) -> Tensor:
     """DPO's loss of each pair, from summed log-probs, (pairs,); beta, a constant, is a number or (pairs,)."""
     return -logsigmoid(beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)))
 
@@ -240,9 +242,8 @@ def main(args: Args) -> None:
             expected = "0 or more" if name in MAY_BE_ZERO else "a number above 0"
             fail(f"--{name.replace('_', '-')} {value}: expected {expected}{', less than 1' * (top == 1)}")
     # ALGO: begin
-    for name, value in {"epsilon": args.epsilon, "step-epsilon": args.step_epsilon}.items():
-        if value >= 1:
-            fail(f"--{name} {value}: expected a number from 0 to below 1")
+    if max(args.epsilon, args.step_epsilon) >= 1:
+        fail(f"--epsilon {args.epsilon} --step-epsilon {args.step_epsilon}: expected numbers from 0 to below 1")
     # ALGO: end
     if args.max_prompt_length >= args.max_length:
         fail(f"--max-prompt-length {args.max_prompt_length} leaves no room in --max-length {args.max_length}")
