@@ -143,8 +143,7 @@ def bf16_logratios(chunks, batch, epsilon: float):
     for e in (0.0, epsilon, -epsilon):
         mixed = ((((1 + e) * f.bfloat16() - e * f0.bfloat16()).log_softmax(-1), targets) for f, f0, targets in chunks)
         logps = torch.cat([values.gather(1, targets[:, None])[:, 0] for values, targets in mixed])  # (targets,)
-        chosen, rejected = (total.bfloat16() for total in sum_responses(logps.double(), batch))
-        yield chosen - rejected
+        yield torch.sub(*(total.bfloat16() for total in sum_responses(logps.double(), batch)))  # chosen - rejected
 
 
 def freeze(model, dtype: torch.dtype):
@@ -242,8 +241,9 @@ def main(args: Args) -> None:
             expected = "0 or more" if name in MAY_BE_ZERO else "a number above 0"
             fail(f"--{name.replace('_', '-')} {value}: expected {expected}{', less than 1' * (top == 1)}")
     # ALGO: begin
-    if max(args.epsilon, args.step_epsilon) >= 1:
-        fail(f"--epsilon {args.epsilon} --step-epsilon {args.step_epsilon}: expected numbers from 0 to below 1")
+    for name, value in {"epsilon": args.epsilon, "step-epsilon": args.step_epsilon}.items():
+        if value >= 1:
+            fail(f"--{name} {value}: expected a number from 0 to below 1")
     # ALGO: end
     if args.max_prompt_length >= args.max_length:
         fail(f"--max-prompt-length {args.max_prompt_length} leaves no room in --max-length {args.max_length}")

@@ -13,7 +13,7 @@ response. The share of adapted pairs is logged in training. Why it does not grow
 and the policies that eps 0.01 ends with, in two arithmetics:
 
     exact    eps_dpo.perturbed_logps, in float32
-    bf16     as a trainer does whose model returns bf16 logits: perturbed logits, log_softmax and sums all in bf16, as in
+    bf16     as a trainer does whose model returns bf16 logits: perturbed logits, log_softmax and sums in bf16, as in
              eps_dpo.py --bf16-decisions
 
 For small eps, R_minus - R and R - R_plus are both eps times the same derivative, so they nearly always have one sign:
