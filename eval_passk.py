@@ -10,6 +10,7 @@ drawn: each sample has a key (weights, prompt, settings, problem, index) and a s
     python eval_passk.py --model runs/dgpo/model --task gsm8k --n 200 --temperatures 0.2 0.5 1.0
     accelerate launch eval_passk.py --model mistralai/Mistral-7B-v0.1 --task math --shots 2 --n 128
     python eval_passk.py --model runs/dgpo/model --task humaneval --allow-code-execution
+    python eval_passk.py --samples elsewhere.jsonl --task math --temperatures 0.7
     python eval_passk.py --compare runs/eval/dpo/results.json runs/eval/dgpo/results.json --output-dir runs/compared
 """
 
@@ -20,12 +21,15 @@ import math
 import os
 import random
 import re
+import textwrap
 import threading
 import time
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -47,18 +51,31 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from grading import sandbox
-from grading.answers import cut, find_gsm8k, find_math, grade_gsm8k, grade_math, normal_math, read_number
 from preferences import encode, fail
+from grading import sandbox
+from grading.answers import (
+    boxes,
+    cut,
+    find_gsm8k,
+    find_math,
+    grade_gsm8k,
+    grade_math,
+    read_number,
+    vote,
+    without_thought,
+)
+from grading.diversity import distinct, embedding_distance, self_bleu, words
 
 
 @dataclass
 class Args:
     # What
     model: str = ""
-    """Model to sample: a name on the hub or a directory; empty: only draw the files of --compare"""
+    """Model to sample: a name on the hub or a directory; empty: grade --samples, or only draw the files of --compare"""
+    samples: str = ""
+    """Completions made elsewhere, a .jsonl file, in place of --model (docs/eval_passk.md)"""
     task: str = "gsm8k"
-    """gsm8k, math, humaneval, or a .jsonl file with "question" and "answer" in GSM8K's form"""
+    """gsm8k, math, humaneval, or a .jsonl file with "question" and "answer" in GSM8K's form, or without answers"""
     data: str = ""
     """The task's problems from a .jsonl or .jsonl.gz file instead of the hub"""
     problems: int = 200
@@ -87,8 +104,6 @@ class Args:
     """Seed of the samples, the choice of problems and the bootstrap (ours)"""
 
     # Hardware
-    engine: Literal["hf", "vllm"] = "hf"
-    """hf: a loop of ours over the model's cache, on CPU or GPU; vllm: where it is installed"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights; auto: bfloat16 on a GPU, float32 elsewhere (design)"""
     tokens_per_device: int = 32768
@@ -127,10 +142,6 @@ HUB = {
     "math": ("HuggingFaceH4/MATH-500", None),
     "humaneval": ("openai/openai_humaneval", None),
 }
-FIELDS = {
-    "math": ("problem", "solution"),
-    "humaneval": ("prompt", "test", "entry_point"),
-}  # any other: question, answer
 LEVELS = {"1": "easy (level 1)", "3": "medium (level 3)", "5": "hard (level 5)"}  # DPL 4.2
 
 # Chain-of-thought examples of Wei et al. (2022), Table 20; the first two also in DPL C.3
@@ -187,10 +198,25 @@ Answer: We have $(x+y)^2 = x^2 + y^2 + 2xy = 90 + 2 \cdot 27 = 144$, so $x+y=12$
 ###
 
 """  # noqa: E501
+# What stands around the question in a text prompt, by task and number of examples; the strings that end an answer
+FORMS = {
+    ("gsm8k", 8): (SHOTS + "Q: ", "\nA:"),
+    ("gsm8k", 2): (SHOTS_DPL + "Q: ", "\n\nA:"),
+    ("gsm8k", 0): ("Q: ", "\nA:"),
+    ("math", 8): (SHOTS_MATH + "Problem: ", "\n\nAnswer:"),
+    ("math", 2): (SHOTS_MATH + "Problem: ", "\n\nAnswer:"),
+    ("math", 0): ("Problem: ", "\n\nAnswer:"),
+}
 STOPS = {
     "gsm8k": ("\nQ:",),
     "math": ("###", "\nProblem:"),
     "humaneval": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
+}
+# The same in a chat. HumanEval's answer is begun for the model with the function's head: it writes the body
+WISHES = {
+    "gsm8k": ("", '\n\nSolve this step by step and end with "#### " and the number.'),
+    "math": ("", "\n\nSolve this step by step and put the final answer within \\boxed{}."),
+    "humaneval": ("Complete this function. Answer with one code block.\n\n```python\n", "```"),
 }
 
 
@@ -199,20 +225,60 @@ def digest(*parts) -> str:
 
 
 def read_rows(path: str) -> list[dict]:
-    if not os.path.isfile(path):
+    """The rows of a .jsonl or .jsonl.gz file."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
+            lines = file.read().split("\n")
+    except FileNotFoundError:
         fail(f"{path}: no such file")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        fail(f"{path} cannot be read: {error}")
     rows = []
-    with gzip.open(path, "rt") if path.endswith(".gz") else open(path) as file:
-        for number, line in enumerate(file, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                fail(f"{path} line {number}: not JSON")
-    return rows
+    for number, line in enumerate(lines, 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except ValueError:
+            fail(f"{path} line {number}: not JSON")
+        if rows and not isinstance(rows[-1], dict):
+            fail(f"{path} line {number}: no object with names and values")
+    return rows or fail(f"{path} is empty")
+
+
+def read_problem(kind: str, row: dict, where: str) -> dict:
+    """id (of the problem itself: models can be compared), question, reference (None: no answer), group, row."""
+
+    def text(*names):
+        found = [row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()]
+        return found[0] if found else fail(f'{where}: "{names[0]}" is missing, empty or no text')
+
+    if kind == "math":
+        question, reference = text("problem"), text("solution", "answer")
+        if not any(content for _, content in boxes(reference)):
+            reference = row.get("answer") or fail(
+                f'{where}: "solution" has no \\boxed{{answer}}, and no "answer" is there'
+            )
+    elif kind == "humaneval":
+        question, reference, name = text("prompt"), text("test"), text("entry_point")
+        if not re.search(rf"^def {re.escape(name)}\b", question, re.MULTILINE):
+            fail(f'{where}: "prompt" does not begin {name}, its "entry_point"')
+        try:
+            compile(f"{question}\n    pass\n{reference}", where, "exec")
+        except (SyntaxError, ValueError) as error:
+            fail(f'{where}: "prompt" and "test" are no Python: {error}')
+        if not re.search(r"^def check\(", reference, re.MULTILINE):
+            fail(f'{where}: "test" defines no check(candidate)')
+    else:
+        question = text("question", "prompt")
+        reference = text("answer") if kind == "gsm8k" or row.get("answer") is not None else None
+        if reference is not None and read_number(reference.rsplit("####", 1)[-1]) is None:
+            fail(f'{where}: "answer" has no number')
+    level = re.search(r"\d", str(row.get("level", "")))
+    group = LEVELS.get(level[0]) if level else f"difficulty {row['difficulty']}" if "difficulty" in row else None
+    return {"id": digest(question, reference), "question": question, "reference": reference, "group": group, "row": row}
 
 
 def load_problems(args: Args) -> list[dict]:
-    """One dict a problem: id (of the problem itself: models can be compared), question, reference, group, row."""
+    """The task's problems, each once, as read_problem gives them; at most --problems where they are to be sampled."""
     kind = args.task if args.task in HUB else "jsonl"
     path = args.data or ("" if kind in HUB else args.task)
     if path:
@@ -224,25 +290,14 @@ def load_problems(args: Args) -> list[dict]:
             rows = list(load_dataset(*HUB[kind], split="test"))
         except Exception as error:
             fail(f"{HUB[kind][0]} cannot be loaded ({type(error).__name__}); give a local file with --data")
-    problems = []
+    problems = {}
     for number, row in enumerate(rows, 1):
-        fields = FIELDS.get(kind, ("question", "answer"))
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                fail(f'{path or HUB[kind][0]} row {number}: "{field}" is missing or no text')
-        if kind in ("gsm8k", "jsonl") and read_number(row["answer"].rsplit("####", 1)[-1]) is None:
-            fail(f'{path or HUB[kind][0]} row {number}: "answer" has no number')
-        level = re.search(r"\d", str(row.get("level", "")))
-        group = LEVELS.get(level[0]) if level else f"difficulty {row['difficulty']}" if "difficulty" in row else None
-        problem = {
-            "id": digest(row[fields[0]], row[fields[1]]),
-            "question": row[fields[0]],
-            "reference": row[fields[1]],
-        }
-        problems.append(problem | {"group": group, "row": row})
-    if len({p["id"] for p in problems}) < len(problems):
-        problems = list({p["id"]: p for p in problems}.values())
-    if args.problems and args.problems < len(problems) and kind != "humaneval":
+        problem = read_problem(kind, row, f"{path or HUB[kind][0]} row {number}")
+        if problems and (problem["reference"] is None) != (next(iter(problems.values()))["reference"] is None):
+            fail(f'{path} row {number}: all rows must have an "answer", or none')
+        problems[problem["id"]] = problem
+    problems = list(problems.values())
+    if args.problems and args.problems < len(problems) and kind != "humaneval" and not args.samples:
         chosen = sorted(random.Random(args.seed).sample(range(len(problems)), args.problems))
         problems = [problems[i] for i in chosen]
     return problems
@@ -253,30 +308,16 @@ def prompt_texts(args: Args, tokenizer, problems: list[dict]) -> tuple[list[str]
     chat = args.prompt == "chat" or (args.prompt == "auto" and tokenizer.chat_template is not None)
     if chat and tokenizer.chat_template is None:
         fail(f"{args.model} has no chat template; use --prompt text")
-    texts = []
+    code, texts = args.task == "humaneval", []
+    before, behind = (WISHES if chat else FORMS).get(args.task if chat else (args.task, args.shots), ("", ""))
     for question in (p["question"] for p in problems):
+        text = before + question + behind
         if chat:
-            wish = {
-                "gsm8k": f'{question}\n\nSolve this step by step and end with "#### " and the number.',
-                "math": f"{question}\n\nSolve this step by step and put the final answer within \\boxed{{}}.",
-                "humaneval": f"Complete this function. Answer with one code block.\n\n```python\n{question}```",
-            }.get(args.task, question)
-            messages = [{"role": "user", "content": wish}]
+            messages = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            # the function's head is put into the model's mouth: what it writes next is the body
-            texts.append(text + f"```python\n{question}" if args.task == "humaneval" else text)
-        elif args.task == "gsm8k":
-            texts.append(
-                {8: SHOTS + "Q: {}\nA:", 2: SHOTS_DPL + "Q: {}\n\nA:", 0: "Q: {}\nA:"}[args.shots].replace(
-                    "{}", question
-                )
-            )
-        elif args.task == "math":
-            texts.append((SHOTS_MATH if args.shots else "") + f"Problem: {question}\n\nAnswer:")
-        else:
-            texts.append(question)
-    stops = args.stop or (STOPS.get(args.task, ()) if not chat else ("\n```",) if args.task == "humaneval" else ())
-    return texts, stops
+            text += f"```python\n{question}" if code else ""
+        texts.append(text)
+    return texts, args.stop or (STOPS.get(args.task, ()) if not chat else ("\n```\n",) if code else ())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,22 +338,27 @@ def find_weights(model: str) -> str:
 
 def hash_weights(directory: str) -> str:
     """Hash of the contents of config and weights, wherever they lie; with an adapter, of its base too."""
-    total = hashlib.sha256()
-    files = sorted(
-        p for p in Path(directory).iterdir() if p.suffix in (".safetensors", ".bin") or p.name == "config.json"
-    )
-    if not any(p.suffix != ".json" for p in files):
-        fail(f"{directory} holds no weights (*.safetensors)")
-    for path in files:
+    total, folder = hashlib.sha256(), Path(directory)
+    weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+    for path in sorted([*weights, *folder.glob("config.json")]):
         total.update(path.name.encode())
         with open(path, "rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
-    adapter = Path(directory) / "adapter_config.json"
-    if adapter.exists():
-        settings = json.loads(adapter.read_text())
-        total.update(json.dumps({k: v for k, v in settings.items() if k != "base_model_name_or_path"}).encode())
-        total.update(hash_weights(find_weights(settings["base_model_name_or_path"])).encode())
-    return total.hexdigest()[:16]
+    if (folder / "adapter_config.json").exists():
+        settings = json.loads((folder / "adapter_config.json").read_text())
+        base = settings.pop("base_model_name_or_path")
+        total.update(json.dumps(settings).encode() + hash_weights(find_weights(base)).encode())
+    return total.hexdigest()[:16] if weights else fail(f"{directory} holds no weights (*.safetensors)")
+
+
+def end_tokens(tokenizer, directory: str) -> list[int]:
+    """Every token that the model's files call an end; chat models name their end of turn in generation_config.json."""
+    ids = [tokenizer.eos_token_id]
+    for name in ("config.json", "generation_config.json"):
+        path = Path(directory) / name
+        value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
+        ids += value if isinstance(value, list) else [value]
+    return sorted({i for i in ids if i is not None})
 
 
 def sample_seed(seed: int, problem: str, index: int) -> int:
@@ -339,62 +385,51 @@ def make_plan(
     return plan
 
 
-def warpers(settings: dict) -> LogitsProcessorList:
-    """transformers' own, in the order in which generate applies them."""
-    steps = LogitsProcessorList()
-    if settings["temperature"] > 0:
-        steps.append(TemperatureLogitsWarper(float(settings["temperature"])))
-    if settings["top_k"]:
-        steps.append(TopKLogitsWarper(settings["top_k"]))
-    if settings["top_p"] < 1:
-        steps.append(TopPLogitsWarper(settings["top_p"]))
-    if settings["min_p"]:
-        steps.append(MinPLogitsWarper(settings["min_p"]))
-    return steps
+def next_tokens(logits: torch.Tensor, numbers: torch.Tensor, settings: dict) -> torch.Tensor:
+    """One token a row of logits (rows, vocab): where the cumulative distribution passes the row's number in [0, 1)."""
+    if settings["temperature"] == 0:
+        return logits.argmax(-1)
+    # transformers' own, in the order in which generate applies them
+    steps = LogitsProcessorList([TemperatureLogitsWarper(float(settings["temperature"]))])
+    steps += [TopKLogitsWarper(settings["top_k"])] if settings["top_k"] else []
+    steps += [TopPLogitsWarper(settings["top_p"])] if settings["top_p"] < 1 else []
+    steps += [MinPLogitsWarper(settings["min_p"])] if settings["min_p"] else []
+    mass = steps(None, logits).double().softmax(-1).cumsum(-1)
+    token = torch.searchsorted(mass, numbers[:, None] * mass[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.shape[-1] - 1)
 
 
 @torch.no_grad()
 def sample_batch(
     model, tokenizer, prompts: list[list[int]], counts: list[int], seeds: list[int], settings: dict, stopper=None
-):
+) -> list[tuple[list[int], float, str]]:
     """Draws counts[i] completions of prompts[i]: (token ids, log-prob, why it ended) in the order of the seeds.
 
-    A completion depends on its own seed alone: token t is where the cumulative distribution passes its t-th number.
+    A completion depends on its own seed alone. Its log-prob is the model's own, whatever the temperature and the cuts.
     """
-    device, limit = model.device, settings["max_new_tokens"]
-    warp, eos = warpers(settings), torch.tensor(settings["eos"], device=device)
+    device, limit, eos = model.device, settings["max_new_tokens"], torch.tensor(settings["eos"], device=model.device)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)  # (prompts, longest)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    out = model(
-        ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
-    )
+    forward = partial(model, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = forward(ids, attention_mask=mask, position_ids=position).logits
     # the prompt's forward ran once; its cache now serves all samples of the problem
     owner = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)], device=device)  # (rows,)
     cache.batch_select_indices(owner)
-    logits, mask, position = out.logits[owner, -1], mask[owner], positions[owner, -1]
+    logits, mask, position = logits[owner, -1], mask[owner], position[owner, -1]
     numbers = [torch.rand(limit, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     numbers = torch.stack(numbers).to(device)  # (rows, limit)
     tokens = torch.zeros(len(seeds), limit, dtype=torch.long, device=device)
     logps = torch.zeros(len(seeds), dtype=torch.float64, device=device)
-    lengths = torch.zeros(len(seeds), dtype=torch.long, device=device)
-    ending = torch.zeros(len(seeds), dtype=torch.long, device=device)  # 0 length, 1 eos, 2 stop string
+    lengths, ending = torch.zeros_like(owner), torch.zeros_like(owner)  # ending: 0 length, 1 eos, 2 stop string
     rows = torch.arange(len(seeds), device=device)  # rows still in the forward; some may have ended
     alive = torch.ones_like(rows, dtype=torch.bool)
     for step in range(limit):
-        logits = logits.float()  # (alive, vocab)
-        if settings["temperature"] > 0:
-            mass = warp(None, logits).double().softmax(-1).cumsum(-1)
-            token = torch.searchsorted(mass, numbers[rows, step, None] * mass[:, -1:], right=True)[:, 0]
-            token = token.clamp(max=logits.shape[-1] - 1)
-        else:
-            token = logits.argmax(-1)
-        tokens[rows, step] = token
-        logp = (
-            logits.log_softmax(-1).gather(1, token[:, None])[:, 0].double()
-        )  # the model's own: no temperature, no cut
+        logits = logits.float()  # (rows, vocab)
+        token = tokens[rows, step] = next_tokens(logits, numbers[rows, step], settings)
+        logp = logits.log_softmax(-1).gather(1, token[:, None])[:, 0].double()
         logps[rows] += torch.where(alive, logp, 0.0)
         lengths[rows] += alive
         at_eos = torch.isin(token, eos) & alive
@@ -410,45 +445,17 @@ def sample_batch(
             rows, token, mask, position, alive = rows[keep], token[keep], mask[keep], position[keep], alive[keep]
         position = position + 1
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        out = model(
-            token[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache, use_cache=True
-        )
-        logits = out.logits[:, -1]
+        logits = forward(token[:, None], attention_mask=mask, position_ids=position[:, None]).logits[:, -1]
     if torch.isnan(logps).any():
         fail("the model's logits are not numbers (NaN)")
-    names = ["length", "eos", "stop"]
     columns = zip(tokens.tolist(), lengths.tolist(), logps.tolist(), ending.tolist())
-    return [(row[:length], logp, names[end]) for row, length, logp, end in columns]
+    return [(row[:length], logp, ("length", "eos", "stop")[end]) for row, length, logp, end in columns]
 
 
-def vllm_sampler(directory: str, dtype: str):
-    """The same through vLLM: one request a sample, each with its seed; its prefix cache shares the prompt."""
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError:
-        fail("--engine vllm: it is not installed; pip install vllm")
-
-    engine = LLM(directory, dtype=dtype, enable_prefix_caching=True, generation_config="vllm")
-
-    def sample(prompts, counts, seeds, settings):
-        requests = [{"prompt_token_ids": p} for p, count in zip(prompts, counts) for _ in range(count)]
-        knobs = {key: settings[key] for key in ("temperature", "top_p", "top_k", "min_p")}
-        knobs |= {"max_tokens": settings["max_new_tokens"], "stop": settings["stop"] or None, "logprobs": 0}
-        knobs |= {"stop_token_ids": settings["eos"]}
-        outputs = engine.generate(requests, [SamplingParams(seed=s % 2**31, **knobs) for s in seeds], use_tqdm=False)
-        if len(outputs) != len(requests):
-            fail(f"vLLM returned {len(outputs)} of {len(requests)} completions")
-        for output in (o.outputs[0] for o in outputs):
-            end = (
-                "length"
-                if output.finish_reason == "length"
-                else "stop"
-                if isinstance(output.stop_reason, str)
-                else "eos"
-            )
-            yield list(output.token_ids), output.cumulative_logprob, end
-
-    return sample
+def completion_text(tokenizer, prompt: list[int], tokens: list[int]) -> str:
+    """The text of tokens behind a prompt. Decoded alone, SentencePiece would drop its first space, and indentation."""
+    before, whole = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, prompt + tokens))
+    return whole[len(os.path.commonprefix([before, whole])) :]
 
 
 def read_samples(directory: Path) -> tuple[dict[tuple, dict], int]:
@@ -465,81 +472,58 @@ def read_samples(directory: Path) -> tuple[dict[tuple, dict], int]:
     return samples, torn
 
 
-class SampleFile:
-    """One process's file, opened when first needed. A line is one write, so that a kill tears at most the last one."""
-
-    def __init__(self, path: Path):
-        self.path, self.file, self.known = path, None, set()
-
-    def append(self, row: dict) -> None:
-        if self.file is None:
-            self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            size = os.fstat(self.file).st_size
-            if size and os.pread(self.file, 1, size - 1) != b"\n":
-                os.write(self.file, b"\n")
-        data = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+def append(path: Path, rows: list[dict]) -> None:
+    """A line is one write, so that a kill tears at most the last one; a torn one is ended before the next."""
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    size = os.fstat(file).st_size
+    torn = size and os.pread(file, 1, size - 1) != b"\n"
+    for data in [b"\n"] * bool(torn) + [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]:
         while data:
-            data = data[os.write(self.file, data) :]
-
-    def describe(self, config: str, settings: dict) -> None:
-        if config not in self.known:
-            self.known.add(config)
-            self.append({"config": config, "settings": settings})
+            data = data[os.write(file, data) :]
+    os.close(file)
 
 
-def sample_all(args, accelerator, directory, problems, prompts, runs, tokenizer, weights_directory, dtype) -> None:
+def sample_all(args, accelerator, directory: Path, problems, prompts, runs, tokenizer, weights: str) -> None:
     """Draws what is missing. `runs` lists (config, settings); this process takes every num_processes-th batch."""
     have, torn = read_samples(directory)
-    if torn and accelerator.is_main_process:
-        print(f"{torn} torn line(s) of a killed run skipped")
-    hashes = [digest(p) for p in prompts]
-    lengths = [len(p) for p in prompts]
-    budget = args.tokens_per_device
-    plan = make_plan(problems, lengths, args.n, args.max_new_tokens, budget)
+    if torn:
+        accelerator.print(f"{torn} torn line(s) of a killed run skipped")
+    hashes, lengths = [digest(p) for p in prompts], [len(p) for p in prompts]
 
     def key(config, i, index):
         return (config, problems[i]["id"], hashes[i], index)
 
-    todo = [
-        (config, settings, batch)
-        for config, settings in runs
-        for batch in plan
-        if any(key(config, i, index) not in have for i, index in batch)
-    ]
+    plan = make_plan(problems, lengths, args.n, args.max_new_tokens, args.tokens_per_device)
+    todo = [(*run, batch) for run in runs for batch in plan if any(key(run[0], *cell) not in have for cell in batch)]
     if not todo:  # on all processes alike: nobody waits for anybody
         return
     accelerator.wait_for_everyone()  # everyone has read the files before anyone writes
     todo = todo[accelerator.process_index :: accelerator.num_processes]
-    if args.engine == "vllm":
-        sampler, model = vllm_sampler(weights_directory, dtype), None
-    else:
-        try:
-            model = AutoModelForCausalLM.from_pretrained(weights_directory, dtype=getattr(torch, dtype))
-        except (OSError, ValueError) as error:
-            fail(f"{args.model} cannot be loaded: {str(error).splitlines()[0]}")
-        model = model.to(accelerator.device).eval()
-        stops = runs[0][1]["stop"]
-        stopper = StopStringCriteria(tokenizer, stops) if stops else None
-
-        def sampler(*batch):
-            return sample_batch(model, tokenizer, *batch, stopper)
-
-    name = "samples.jsonl" if accelerator.process_index == 0 else f"samples.{accelerator.process_index}.jsonl"
-    file, drawn, start = SampleFile(directory / name), 0, time.monotonic()
-    total = sum(len(batch) for _, _, batch in todo)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(weights, dtype=getattr(torch, runs[0][1]["dtype"]))
+    except (OSError, ValueError) as error:
+        fail(f"{args.model} cannot be loaded: {str(error).splitlines()[0]}")
+    model, stops = model.to(accelerator.device).eval(), runs[0][1]["stop"]
+    stopper = StopStringCriteria(tokenizer, stops) if stops else None
+    path = directory / f"samples.{accelerator.process_index}.jsonl".replace(".0.", ".")
+    drawn, start, described = 0, time.monotonic(), set()
+    total = sum(len(batch) for *_, batch in todo)
     with tqdm(total=total, desc="samples", unit="", disable=not accelerator.is_main_process) as bar:
         for config, settings, batch in todo:
             counts = Counter(i for i, _ in batch)  # in the order of the batch
             seeds = [sample_seed(args.seed, problems[i]["id"], index) for i, index in batch]
-            rows = sampler([prompts[i] for i in counts], list(counts.values()), seeds, settings)
-            file.describe(config, settings)
-            for (i, index), (tokens, logp, end) in zip(batch, rows):
+            some = [prompts[i] for i in counts]
+            rows = [] if config in described else [{"config": config, "settings": settings}]
+            described.add(config)
+            drawn_now = sample_batch(model, tokenizer, some, list(counts.values()), seeds, settings, stopper)
+            for (i, index), (tokens, logp, end) in zip(batch, drawn_now):
                 drawn += len(tokens)
                 if key(config, i, index) in have:
                     continue
-                text = cut(tokenizer.decode(tokens, skip_special_tokens=True), settings["stop"])
                 row = dict(zip(("config", "problem", "prompt", "index"), key(config, i, index)))
-                file.append(row | {"text": text, "tokens": len(tokens), "logp": logp, "end": end})
+                text = cut(completion_text(tokenizer, prompts[i], tokens), settings["stop"])
+                rows.append(row | {"text": text, "tokens": len(tokens), "logp": logp, "end": end})
+            append(path, rows)
             bar.update(len(batch))
             bar.set_postfix_str(f"{drawn / (time.monotonic() - start):,.0f} tokens/s, T={settings['temperature']:g}")
 
@@ -550,27 +534,37 @@ def sample_all(args, accelerator, directory, problems, prompts, runs, tokenizer,
 _sandboxes = threading.local()
 
 
+def find_code(completion: str, name: str) -> str:
+    """What of a completion goes behind the prompt: of prose and code blocks the last block that defines the function.
+
+    The prompt stays in front of it, with its imports and helpers. Else all up to the first fence is the body.
+    """
+    pieces = re.split(r"^[ \t]*```.*$", without_thought(completion), flags=re.MULTILINE)
+    whole = [p for p in pieces[1:] if re.search(rf"^[ \t]*(?:async )?def {re.escape(name)}\b", p, re.MULTILINE)]
+    return "\n    pass\n\n" + textwrap.dedent(whole[-1]) if whole else pieces[0]
+
+
 def run_humaneval(problem: dict, completion: str, timeout: float = 3.0) -> bool:
     """True where the prompt with this completion passes the problem's check. It is run: see grading/sandbox.py.
 
     A sandbox that fails says nothing about the sample: it is tried again, then SandboxError is raised.
     """
     if not hasattr(_sandboxes, "box"):
-        _sandboxes.box = sandbox.Sandbox()
+        _sandboxes.box = sandbox.Sandbox(sandbox.layers())
     for _ in range(3):
-        verdict, reason = _sandboxes.box.check(problem, completion, timeout)
+        verdict, reason = _sandboxes.box.check(problem, find_code(completion, problem["entry_point"]), timeout)
         if verdict != "error":
             return verdict == "pass"
     raise sandbox.SandboxError(reason)
 
 
 def grade(task: str, problem: dict, text: str) -> tuple[bool, str | None, str]:
-    """(right, final answer in one spelling, how it was found) for a task with answers."""
-    if task == "math":
-        answer, how = find_math(text)
-        return grade_math(text, problem["reference"]), answer and normal_math(answer), how
-    answer, how = find_gsm8k(text)
-    return grade_gsm8k(text, problem["reference"]), None if answer is None else str(answer), how
+    """(right, a name that equal answers share, how the answer was found) for a task with answers."""
+    find, right = (find_math, grade_math) if task == "math" else (find_gsm8k, grade_gsm8k)
+    answer, how = find(text)
+    if answer is None or right(text, problem["reference"]):
+        return answer is not None, None if answer is None else "right", how
+    return False, vote(answer) if task == "math" else str(answer), how
 
 
 def grade_all(args: Args, problems: list[dict], texts: list[list[str]]) -> list[list[tuple]]:
@@ -578,17 +572,15 @@ def grade_all(args: Args, problems: list[dict], texts: list[list[str]]) -> list[
     jobs = list({(i, text) for i, row in enumerate(texts) for text in row})
     if args.task != "humaneval":
         done = {(i, text): grade(args.task, problems[i], text) for i, text in tqdm(jobs, desc="grading", leave=False)}
-    else:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-
-            def work(job):
-                return run_humaneval(problems[job[0]]["row"], job[1], args.timeout)
-
-            try:
-                verdicts = list(tqdm(pool.map(work, jobs), total=len(jobs), desc="running programs", leave=False))
-            except sandbox.SandboxError as error:
-                fail(f"the sandbox failed, and that is no wrong answer: {error}. The samples are kept; run again")
-        done = {job: (verdict, None, "program") for job, verdict in zip(jobs, verdicts)}
+        return [[done[i, text] for text in row] for i, row in enumerate(texts)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = pool.map(lambda job: run_humaneval(problems[job[0]]["row"], job[1], args.timeout), jobs)
+        try:
+            verdicts = list(tqdm(verdicts, total=len(jobs), desc="running programs", leave=False))
+        except sandbox.SandboxError as error:
+            pool.shutdown(cancel_futures=True)
+            fail(f"the sandbox failed, and that is no wrong answer: {error}. The samples are kept; run again")
+    done = {job: (verdict, None, "program") for job, verdict in zip(jobs, verdicts)}
     return [[done[i, text] for text in row] for i, row in enumerate(texts)]
 
 
@@ -623,141 +615,91 @@ def mean_with_interval(values, seed: int = 0) -> dict:
     return {"mean": float(np.mean(values)), "low": low, "high": high}
 
 
-def maj_at_k(answers: list[str | None], right: list[bool], k: int, seed: int = 0, draws: int = 200) -> float:
+def maj_at_k(answers: list[str | None], right: list[bool], k: int, seed: int = 0) -> float:
     """Chance that the most frequent answer among k samples is right; ties are drawn by lot, no answer has no vote.
 
-    Right answers vote together, however spelled. Exact for k = n, else the mean over `draws` random subsets.
+    Right answers vote together, however spelled. Exact for k = 1 and k = n, else the mean over random subsets: 200 of
+    them, more where k is small.
     """
     if not 1 <= k <= len(answers):
         raise ValueError(f"maj@k needs 1 <= k <= n, got n={len(answers)}, k={k}")
+    if k == 1:
+        return sum(right) / len(right)
     labels = ["" if ok else answer for answer, ok in zip(answers, right)]  # no wrong answer is the empty text
     names = {label: i for i, label in enumerate(dict.fromkeys(["", *(x for x in labels if x is not None)]))}
     votes = np.zeros((len(labels), len(names)), dtype=np.int64)  # (n, labels)
     for row, label in enumerate(labels):
         if label is not None:
             votes[row, names[label]] = 1
-    if k == len(labels):
-        totals = votes.sum(0)[None]
-    else:
-        rng = np.random.default_rng(seed)
-        order = rng.random((draws, len(labels))).argpartition(k - 1, axis=1)[:, :k]
-        totals = votes[order].sum(1)  # (draws, labels)
+    order = np.arange(k)[None]  # (subsets, k)
+    if k < len(labels):
+        draws = max(200, 20_000 // k)
+        order = np.random.default_rng(seed).random((draws, len(labels))).argpartition(k - 1, axis=1)[:, :k]
+    totals = votes[order].sum(1)  # (subsets, labels)
     top = totals.max(1, keepdims=True)
     winners = (totals == top) & (top > 0)
     return float((winners[:, 0] / winners.sum(1).clip(min=1)).mean())
 
 
-def words(text: str) -> list[str]:
-    """The tokens of Self-BLEU and Distinct: runs of letters and digits, and each other sign alone."""
-    return re.findall(r"\w+|[^\w\s]", text)
-
-
-def ngrams(tokens: list[str], order: int) -> Counter:
-    return Counter(zip(*(tokens[i:] for i in range(order))))
-
-
-def self_bleu(responses: list[list[str]], order: int = 4) -> float:
-    """Mean BLEU of each response against all others (Zhu et al. 2018), uniform weights, smoothing method 1 (0.1).
-
-    BLEU clips each n-gram at its largest count in one reference. The two largest counts over all responses give that
-    for each response: the largest, or where the response itself holds it, the second.
-    """
-    if len(responses) < 2:
-        return math.nan
-    logs = np.zeros(len(responses))
-    silent = np.zeros(len(responses), dtype=bool)  # no word in common with any other: 0, as in nltk
-    for size in range(1, order + 1):
-        counts = [ngrams(response, size) for response in responses]
-        first, second = {}, {}  # n-gram -> largest count and its owner, second largest count
-        for owner, count in enumerate(counts):
-            for gram, times in count.items():
-                best = first.get(gram, (0, -1))
-                if times > best[0]:
-                    first[gram], second[gram] = (times, owner), best[0]
-                elif times > second.get(gram, 0):
-                    second[gram] = times
-        for owner, count in enumerate(counts):
-            hits = 0
-            for gram, times in count.items():
-                most, whose = first[gram]
-                hits += min(times, second[gram] if whose == owner else most)
-            silent[owner] |= size == 1 and hits == 0
-            logs[owner] += math.log((hits or 0.1) / max(1, sum(count.values()))) / order
-    lengths = [len(response) for response in responses]
-    spread = Counter(lengths)
-    for owner, length in enumerate(lengths):
-        others = [other for other, times in spread.items() if times > (other == length)]
-        closest = min(others, key=lambda other: (abs(other - length), other))
-        if length <= closest and length:
-            logs[owner] += min(0.0, 1 - closest / length)
-    return float(np.where(silent, 0.0, np.exp(logs)).mean())
-
-
-def distinct(responses: list[list[str]], order: int) -> float:
-    """Share of different n-grams among all n-grams of a prompt's responses, pooled (Li et al. 2016)."""
-    pooled = sum((ngrams(response, order) for response in responses), Counter())
-    return len(pooled) / pooled.total() if pooled else 0.0
-
-
-def embedding_distance(vectors) -> float:
-    """1 - |mean of the unit vectors|^2: the mean cosine distance of all pairs, i = j included (DPL Eq. 44)."""
-    vectors = np.asarray(vectors, dtype=float)
-    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return float(1 - np.square(vectors.mean(0)).sum())
-
-
-def diversity(args: Args, settings: dict, rows: list[list[dict]], answers: list[list[str | None]], embed=None) -> dict:
-    """Diversity of the first samples of each problem, averaged over problems."""
+def diversity(args: Args, settings: dict, rows: list[list[dict]], embed=None) -> dict:
+    """Diversity of the first samples of each problem, averaged over problems; rows[i][j] is sample j of problem i."""
     rows = [row[: args.diversity_samples] for row in rows]
     tokens = [[words(r["text"]) for r in row] for row in rows]
-    nll = float(np.mean([np.mean([-r["logp"] / max(1, r["tokens"]) for r in row]) for row in rows]))
-    plain = settings["temperature"] == 1 and settings["top_p"] >= 1 and not settings["top_k"] and not settings["min_p"]
-    result = {
-        "samples_per_problem": len(rows[0]),
-        "tokeniser": r"\w+|[^\w\s]",
-        "self_bleu_order": 4,
-        "entropy": nll if plain else None,  # only where samples come from the very distribution that scores them
-        "nll_per_token": nll,
+    result = {"samples_per_problem": len(rows[0]), "tokeniser": r"\w+|[^\w\s]", "self_bleu_order": 4}
+    result |= {"entropy": None, "nll_per_token": None}  # samples from elsewhere come without log-probs
+    if "logp" in rows[0][0]:
+        nll = float(np.mean([np.mean([-r["logp"] / max(1, r["tokens"]) for r in row]) for row in rows]))
+        # an entropy only where samples come from the very distribution that scores them
+        plain = all(
+            settings[name] == off for name, off in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("min_p", 0))
+        )
+        result |= {"entropy": nll if plain else None, "nll_per_token": nll}
+        result["mean_tokens"] = float(np.mean([r["tokens"] for row in rows for r in row]))
+    result |= {
         "self_bleu": float(np.mean([self_bleu(t) for t in tokens])) if len(rows[0]) > 1 else None,
         "distinct_1": float(np.mean([distinct(t, 1) for t in tokens])),
         "distinct_2": float(np.mean([distinct(t, 2) for t in tokens])),
         "mean_words": float(np.mean([len(t) for row in tokens for t in row])),
-        "mean_tokens": float(np.mean([r["tokens"] for row in rows for r in row])),
-        "distinct_answers": float(np.mean([len(set(a) - {None}) / len(a) for a in answers])),
     }
     if embed:
-        result["embedding_distance"] = float(
-            np.mean([embedding_distance(embed([r["text"] for r in row])) for row in rows])
-        )
+        distances = [embedding_distance(embed([r["text"] for r in row])) for row in rows]
+        result["embedding_distance"] = float(np.mean(distances))
     return result
 
 
 def measure(args: Args, settings: dict, ks: list[int], problems, rows, grades, embed=None) -> dict:
-    """Everything about one temperature. rows[i][j] is sample j of problem i, grades[i][j] its (right, answer, how)."""
-    n = args.n
-    right = [sum(ok for ok, _, _ in row) for row in grades]
+    """Everything about one temperature. rows[i][j] is sample j of problem i, grades[i][j] its (right, answer, how).
+
+    Without answers to grade by, grades is None, and what needs them is left out.
+    """
+    result = {"settings": settings, "n": len(rows[0])}
+    result["ended_by"] = dict(Counter(r["end"] for row in rows for r in row))  # length: cut off
+    result["diversity"] = diversity(args, settings, rows, embed)
+    result["problems"] = [{"id": p["id"], "n": len(row), "group": p["group"]} for p, row in zip(problems, rows)]
+    if grades is None:
+        return result
+    right = [[ok for ok, _, _ in row] for row in grades]
+    answers = [[answer for _, answer, _ in row] for row in grades]
     groups = defaultdict(list)
     for i, problem in enumerate(problems):
+        result["problems"][i]["c"] = sum(right[i])
         if problem["group"] is not None:
             groups[problem["group"]].append(i)
-    passes = {k: [pass_at_k(n, c, k) for c in right] for k in ks}
-    answers = [[answer for _, answer, _ in row] for row in grades]
-    result = {"settings": settings, "n": n}
+    passes = {k: [pass_at_k(len(row), sum(row), k) for row in right] for k in ks}
     result["pass@k"] = {k: mean_with_interval(passes[k], args.seed) for k in ks}
     if args.task != "humaneval":
-        votes = {
-            k: [maj_at_k([a for _, a, _ in row], [ok for ok, _, _ in row], k, args.seed) for row in grades] for k in ks
-        }
+        votes = {k: [maj_at_k(a, ok, k, args.seed) for a, ok in zip(answers, right)] for k in ks}
         result["maj@k"] = {k: mean_with_interval(votes[k], args.seed) for k in ks}
+        different = [
+            len(set(row[: args.diversity_samples]) - {None}) / len(row[: args.diversity_samples]) for row in answers
+        ]
+        result["diversity"]["distinct_answers"] = float(np.mean(different))
     result["splits"] = {
         group: {"problems": len(members)}
         | {"pass@k": {k: mean_with_interval([passes[k][i] for i in members], args.seed) for k in ks}}
         for group, members in sorted(groups.items())
     }
     result["found_by"] = dict(Counter(how for row in grades for _, _, how in row))
-    result["ended_by"] = dict(Counter(r["end"] for row in rows for r in row))  # length: cut off
-    result["diversity"] = diversity(args, settings, rows, answers, embed)
-    result["problems"] = [{"id": p["id"], "n": n, "c": c, "group": p["group"]} for p, c in zip(problems, right)]
     return result
 
 
@@ -773,17 +715,15 @@ def paired_difference(a: dict, b: dict, k: int, seed: int = 0) -> dict | None:
 
 def difficulty_groups(path: str) -> dict[str, str]:
     """problem id -> easy, medium or hard, by n/c: the expected number of samples of a base model (DPL 4.2)."""
-    results = read_results(path)
-    first = next(iter(results["temperatures"].values()))
-    groups = {}
+    first, groups = next(iter(read_results(path)["temperatures"].values())), {}
     for p in first["problems"]:
-        expected = p["n"] / p["c"] if p["c"] else math.inf
+        expected = p["n"] / p["c"] if p.get("c") else math.inf
         groups[p["id"]] = "easy (<= 4)" if expected <= 4 else "medium (to 64)" if expected <= 64 else "hard (> 64)"
     return groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# figures
+# figures and tables
 
 
 def read_results(path: str) -> dict:
@@ -795,148 +735,100 @@ def read_results(path: str) -> dict:
         fail(f"{path}: no results.json of this script")
 
 
+def some_of(ks: list) -> list:
+    """First, middle and last."""
+    return [ks[i] for i in sorted({0, len(ks) // 2, len(ks) - 1})] if ks else []
+
+
 def figure(path: Path, results: list[dict]) -> None:
-    """pass@k against k, and against temperature (H-DPO's Figures 3 and 4), one colour a model."""
+    """pass@k against k and against temperature (H-DPO's Figures 3 and 4); one kind of line a model."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter, NullLocator
 
-    temperatures = sorted({float(t) for r in results for t in r["temperatures"]})
-    at = [{float(t): value for t, value in r["temperatures"].items()} for r in results]
-    shared = sorted(set.intersection(*({int(k) for k in next(iter(a.values()))["pass@k"]} for a in at)))
-    chosen = sorted({shared[0], shared[len(shared) // 2], shared[-1]}) if shared else []
-
-    def draw(axis, xs, cells, **style):
-        mean, low, high = ([100 * cell[key] for cell in cells] for key in ("mean", "low", "high"))
-        (line,) = axis.plot(xs, mean, marker="o", markersize=3.5, linewidth=1.6, **style)
-        axis.fill_between(xs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-
-    if len(results) == 1:
-        panels = [("against k", None), ("against temperature", None)][: 1 + (len(temperatures) > 1)]
-    else:
-        panels = [(f"temperature {t:g}", t) for t in temperatures]
-        panels += [(f"pass@{k}", k) for k in chosen] if len(temperatures) > 1 else []
-    columns = min(len(panels), 3)
-    lines = -(-len(panels) // columns)
-    size = (max(6.0, 4.6 * columns), 3.9 * lines + 0.8)
-    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, sharey="row", layout="constrained")
-
-    def by_k(cells):
-        return ([int(k) for k in cells], list(cells.values()))
-
-    for number, axis in enumerate(axes.flat):
-        if number >= len(panels):
-            axis.axis("off")
-            continue
-        title, what = panels[number]
-        over_k = title.startswith("temperature") or title == "against k"
-        if title == "against k":
-            shades = plt.cm.viridis(np.linspace(0.0, 0.85, len(temperatures)))
-            for t, shade in zip(temperatures, shades):
-                draw(axis, *by_k(at[0][t]["pass@k"]), color=shade, label=f"temperature {t:g}")
-        elif title == "against temperature":
-            for k, shade in zip(chosen, plt.cm.plasma(np.linspace(0.1, 0.75, len(chosen)))):
-                draw(
-                    axis,
-                    temperatures,
-                    [at[0][t]["pass@k"][str(k)] for t in temperatures],
-                    color=shade,
-                    label=f"pass@{k}",
-                )
-        else:
-            for i, (result, temps) in enumerate(zip(results, at)):
-                style = {"color": f"C{i % 10}", "label": result["name"]}
-                if over_k and what in temps:
-                    draw(axis, *by_k(temps[what]["pass@k"]), **style)
-                elif not over_k:
-                    own = [t for t in temperatures if t in temps]
-                    draw(axis, own, [temps[t]["pass@k"][str(what)] for t in own], **style)
-        if over_k:
-            ticks = sorted({int(line) for curve in axis.get_lines() for line in curve.get_xdata()})
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(ticks)
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axis.xaxis.set_minor_locator(NullLocator())
-        axis.set_xlabel("k, number of samples" if over_k else "sampling temperature")
-        axis.set_ylabel("problems solved, %" if title.startswith(("temperature", "against")) else f"{title}, %")
-        axis.set_title("pass@k " + title if title.startswith("against") else title, fontsize=11)
+    at = [{float(t): value["pass@k"] for t, value in sorted(r["temperatures"].items())} for r in results]
+    temperatures = sorted(set().union(*at))
+    shared = set.intersection(*({int(k) for k in passes} for one in at for passes in one.values()))
+    panels = [("k, number of samples", "temperature {:g}", temperatures, plt.cm.viridis)]
+    if len(temperatures) > 1:
+        panels.append(("sampling temperature", "pass@{:g}", some_of(sorted(shared)), plt.cm.plasma))
+    drawing, axes = plt.subplots(
+        1, len(panels), figsize=(5.2 * len(panels) + 0.8, 4.7), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axis, (label, legend, values, colours) in zip(axes[0], panels):
+        for value, colour in zip(values, colours(np.linspace(0.0, 0.8, len(values)))):
+            for one, result, style in zip(at, results, ["-", "--", ":", "-."] * len(results)):
+                if label[0] == "k":
+                    cells = {int(k): cell for k, cell in one.get(value, {}).items()}
+                else:
+                    cells = {t: passes[str(value)] for t, passes in sorted(one.items())}
+                mean, low, high = ([100 * cell[key] for cell in cells.values()] for key in ("mean", "low", "high"))
+                name = legend.format(value) + (f", {result['name']}" if len(results) > 1 else "")
+                axis.plot(list(cells), mean, style, marker="o", markersize=3.5, color=colour, label=name)
+                axis.fill_between(list(cells), low, high, color=colour, alpha=0.12, linewidth=0)
+        axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=9)
-    task, first = Path(results[0]["task"]).name, at[0][min(at[0])]
+    axes[0][0].set_ylabel("pass@k: problems solved, %")
+    axes[0][0].set_xscale("log", base=2)
+    ticks = sorted({int(k) for one in at for passes in one.values() for k in passes})
+    axes[0][0].set_xticks(ticks, map(str, ticks))
+    first = next(iter(results[0]["temperatures"].values()))
     heading = results[0]["name"] + ", " if len(results) == 1 else ""
-    figure.suptitle(
-        f"{heading}{task}: {len(first['problems'])} problems, {first['n']} samples, 95% intervals", fontsize=11
-    )
+    about = f"{len(first['problems'])} problems, {first['n']} samples, 95% intervals"
+    drawing.suptitle(f"{heading}{Path(results[0]['task']).name}: {about}", fontsize=11)
     temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=130, format="png")
-    plt.close(figure)
+    drawing.savefig(temporary, dpi=130, format="png")
+    plt.close(drawing)
     os.replace(temporary, path)
 
 
+def percent(cell: dict, sign: str = "") -> str:
+    """A mean with its interval, in percent."""
+    mean, low, high = (f"{100 * cell[key]:{sign}.1f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
 def table(results: dict) -> str:
-    """The numbers of one result file for the terminal: a line a temperature."""
-
-    def cell(c):
-        return f"{100 * c['mean']:5.1f} [{100 * c['low']:.1f}, {100 * c['high']:.1f}]"
-
-    first = next(iter(results["temperatures"].values()))
-    ks = list(first["pass@k"])
-    ks = ks if len(ks) <= 4 else [ks[0], ks[len(ks) // 3], ks[2 * len(ks) // 3], ks[-1]]
-    rows = [
-        [
-            "T",
-            *(f"pass@{k}" for k in ks),
-            f"maj@{ks[-1]}",
-            "entropy",
-            "self-BLEU",
-            "dist-1",
-            "dist-2",
-            "answers",
-            "cut off",
-        ]
-    ]
+    """The numbers of one result file for the terminal: a line a temperature, then what does not fit into it."""
+    shown = ["entropy", "self_bleu", "distinct_1", "distinct_2", "distinct_answers"]
+    rows, notes = [], []
     for t, value in results["temperatures"].items():
-        d = value["diversity"]
-
-        def number(x):
-            return "-" if x is None else f"{x:.3f}"
-
-        total = sum(value["ended_by"].values())
-        row = [t, *(cell(value["pass@k"][k]) for k in ks), cell(value["maj@k"][ks[-1]]) if "maj@k" in value else "-"]
-        row += [number(d[key]) for key in ("entropy", "self_bleu", "distinct_1", "distinct_2", "distinct_answers")]
-        rows.append([*row, f"{100 * value['ended_by'].get('length', 0) / total:.1f}%"])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(text.rjust(width) for text, width in zip(row, widths)) for row in rows]
-    for t, value in results["temperatures"].items():
-        for group, split in value["splits"].items():
-            cells = ", ".join(f"pass@{k} {cell(split['pass@k'][k]).strip()}" for k in (ks[0], ks[-1]))
-            lines.append(f"T={t} {group}: {split['problems']} problems, {cells}")
-        found = ", ".join(f"{how} {times}" for how, times in sorted(value["found_by"].items()))
-        lines.append(f"T={t} answers found by: {found}; ended by: {json.dumps(value['ended_by'])[1:-1]}")
-    d = first["diversity"]
-    lines.append(
+        row, d = {"T": t}, value["diversity"]
+        ks = list(value.get("pass@k", {}))
+        ks = ks if len(ks) <= 4 else [ks[0], ks[len(ks) // 3], ks[2 * len(ks) // 3], ks[-1]]
+        row |= {f"pass@{k}": percent(value["pass@k"][k]) for k in ks}
+        row |= {f"maj@{k}": percent(value["maj@k"][k]) for k in ks[-1:] if "maj@k" in value}
+        row |= {name: "-" if d[name] is None else f"{d[name]:.3f}" for name in shown if name in d}
+        row["cut off"] = f"{100 * value['ended_by'].get('length', 0) / sum(value['ended_by'].values()):.1f}%"
+        rows.append(row)
+        for group, split in value.get("splits", {}).items():
+            cells = ", ".join(f"pass@{k} {percent(split['pass@k'][k])}" for k in {ks[0]: 0, ks[-1]: 0})
+            notes.append(f"T={t} {group}: {split['problems']} problems, {cells}")
+        for what, counts in (("answers found by", value.get("found_by")), ("ended by", value["ended_by"])):
+            if counts:
+                notes.append(f"T={t} {what}: {', '.join(f'{how} {times}' for how, times in sorted(counts.items()))}")
+    notes.append(
         f"diversity: first {d['samples_per_problem']} samples a problem, words {d['tokeniser']}, Self-BLEU of order 4, "
-        f"smoothing 1, {d['mean_words']:.1f} words a sample at T={next(iter(results['temperatures']))}"
+        f"smoothing 1, {d['mean_words']:.1f} words a sample at T={t}"
     )
-    return "\n".join(lines)
+    lines = [list(rows[0]), *([row.get(name, "-") for name in rows[0]] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(["  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines] + notes)
 
 
 def print_comparison(results: list[dict]) -> None:
-    """Paired differences of each result file to the first one of the list, in points of pass@k."""
+    """Paired differences of each result file to the last one of the list, in points of pass@k."""
+    last = results[-1]
     for other in results[:-1]:
-        for t, mine in results[-1]["temperatures"].items():
-            theirs = other["temperatures"].get(t)
-            ks = [int(k) for k in mine["pass@k"] if theirs and k in theirs["pass@k"]]
-            for k in sorted({ks[0], ks[len(ks) // 2], ks[-1]}) if ks else []:
-                if d := paired_difference(theirs, mine, k):
-                    mean, low, high = (100 * d[key] for key in ("mean", "low", "high"))
+        for t, mine in last["temperatures"].items():
+            theirs = other["temperatures"].get(t, {}).get("pass@k", {})
+            for k in some_of([int(k) for k in mine.get("pass@k", {}) if k in theirs]):
+                if d := paired_difference(other["temperatures"][t], mine, k):
                     print(
-                        f"T={t} pass@{k}: {results[-1]['name']} - {other['name']} = {mean:+.1f} "
-                        f"[{low:+.1f}, {high:+.1f}] points on {d['problems']} shared problems"
-                        + " *"
-                        * (not low <= 0 <= high)
+                        f"T={t} pass@{k}: {last['name']} - {other['name']} = {percent(d, '+')} points on "
+                        f"{d['problems']} shared problems{'' if d['low'] <= 0 <= d['high'] else ' *'}"
                     )
 
 
@@ -944,72 +836,83 @@ def print_comparison(results: list[dict]) -> None:
 # main
 
 
-def write_results(path: Path, results: dict) -> dict:
-    """Written beside and renamed into place; returned as a reader sees it, with text for keys."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False))
-    os.replace(temporary, path)
-    return json.loads(path.read_text())
-
-
-def check_args(args: Args) -> list[int]:
-    """Refuses what cannot work before anything is loaded; returns the ks."""
-    if args.task == "humaneval" and not args.allow_code_execution:
+def check_args(args: Args) -> None:
+    """Refuses what cannot work before anything is loaded."""
+    if args.task not in HUB and not args.task.endswith((".jsonl", ".jsonl.gz")):
+        fail(f"--task {args.task}: not gsm8k, math or humaneval, nor a .jsonl file")
+    if min(args.n, args.max_new_tokens, args.diversity_samples, args.tokens_per_device) < 1:
+        fail("--n, --max-new-tokens, --diversity-samples and --tokens-per-device must be at least 1")
+    if args.problems < 0 or args.seed < 0:
+        fail("--problems must be 0 (all) or more, --seed 0 or more")
+    if not args.temperatures or not all(0 <= t < math.inf for t in args.temperatures):
+        fail("--temperatures needs numbers that are 0 or more")
+    if not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1 or args.top_k < 0:
+        fail("--top-p must be in (0, 1], --min-p in [0, 1), --top-k 0 or more")
+    if not 0 < args.timeout < math.inf:
+        fail("--timeout must be a number of seconds above 0")
+    if "" in args.stop:
+        fail("--stop: the empty text would end every completion at its beginning")
+    if args.samples and (args.model or len(args.temperatures) != 1):
+        fail(
+            "--samples takes the place of --model, and needs the one temperature they were drawn at: --temperatures 0.7"
+        )
+    if args.task == "humaneval" and not args.allow_code_execution and (args.model or args.samples):
         fail(
             "humaneval runs programs that a model wrote, in processes without files, network or environment "
             "(grading/sandbox.py), on this machine; say --allow-code-execution if that is what you want"
         )
-    if args.task not in HUB and not args.task.endswith((".jsonl", ".jsonl.gz")):
-        fail(f"--task {args.task}: not gsm8k, math or humaneval, nor a .jsonl file")
-    if args.n < 1 or args.max_new_tokens < 1 or args.diversity_samples < 1:
-        fail("--n, --max-new-tokens and --diversity-samples must be at least 1")
-    if not args.temperatures or min(args.temperatures) < 0:
-        fail("--temperatures needs numbers that are 0 or more")
-    if not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1 or args.top_k < 0:
-        fail("--top-p must be in (0, 1], --min-p in [0, 1), --top-k 0 or more")
-    ks = sorted(set(args.ks)) or sorted({2**i for i in range(args.n.bit_length())} | {args.n})
-    if ks[0] < 1 or ks[-1] > args.n:
-        fail(f"pass@{ks[-1]} cannot be estimated from --n {args.n} samples; every k must be from 1 to n")
+
+
+def choose_ks(args: Args, n: int) -> list[int]:
+    ks = sorted(set(args.ks)) or sorted({2**i for i in range(n.bit_length())} | {n})
+    if ks[0] < 1 or ks[-1] > n:
+        fail(f"pass@{ks[-1]} cannot be estimated from {n} samples a problem; every k must be from 1 to n")
     return ks
 
 
-def end_tokens(tokenizer, directory: str) -> list[int]:
-    """Every token that the model's files call an end; chat models name their end of turn in generation_config.json."""
-    ids = [tokenizer.eos_token_id]
-    for name in ("config.json", "generation_config.json"):
-        path = Path(directory) / name
-        value = json.loads(path.read_text()).get("eos_token_id") if path.exists() else None
-        ids += value if isinstance(value, list) else [value]
-    return sorted({i for i in ids if i is not None})
-
-
-def main(args: Args) -> None:
-    others = [read_results(path) for path in args.compare]
-    tasks = {Path(task).name for task in [result["task"] for result in others] + [args.task] * bool(args.model)}
-    if len(tasks) > 1:
-        fail(f"--compare: these are results on different tasks, {', '.join(sorted(tasks))}")
-    if not args.model:
-        if len(others) < 2:
-            fail("give a --model, or two or more results.json files to --compare")
-        directory = Path(args.output_dir or "runs/compared")
+def claim(args: Args, name: str, subject: dict) -> Path:
+    """The output directory, unless it holds results of something else."""
+    directory = Path(args.output_dir or f"runs/eval/{name}-{Path(args.task).stem}")
+    path = directory / "results.json"
+    if path.exists() and not args.overwrite:
+        old = read_results(str(path))
+        differ = ", ".join(key for key in subject if old["subject"].get(key) != subject[key])
+        if differ:
+            fail(f"{path} holds results of {old['name']} with other {differ}; choose an --output-dir, or --overwrite")
+    try:
         directory.mkdir(parents=True, exist_ok=True)
-        for result in others:
-            print(f"{result['name']}\n{table(result)}\n")
-        print_comparison(others)
-        figure(directory / "passk.png", others)
-        return print(f"figure in {directory / 'passk.png'}")
-    ks = check_args(args)
-    problems = load_problems(args)
+    except OSError as error:
+        fail(f"--output-dir: {error}")
+    return directory
+
+
+def given_samples(args: Args, problems: list[dict]) -> tuple[list[dict], list[list[dict]]]:
+    """The problems that --samples has completions of, and these, in the order of the file."""
+    known = {}
+    for problem in problems:
+        known |= {problem["question"]: problem["id"], problem["row"].get("task_id"): problem["id"]}
+    rows = defaultdict(list)
+    for number, row in enumerate(read_rows(args.samples), 1):
+        names = ("question", "problem", "prompt", "task_id")
+        found = [known[row[name]] for name in names if isinstance(row.get(name), str) and row[name] in known]
+        if not found:
+            fail(f"{args.samples} row {number}: none of {', '.join(names)} is that of a problem of {args.task}")
+        if not isinstance(row.get("completion"), str):
+            fail(f'{args.samples} row {number}: "completion" is missing or no text')
+        rows[found[0]].append({"text": cut(row["completion"], args.stop), "end": "unknown"})
+    counts = sorted({len(samples) for samples in rows.values()})
+    if len(counts) > 1:
+        fail(f"{args.samples}: problems have from {counts[0]} to {counts[-1]} completions; give each the same number")
+    print(f"{args.samples}: {counts[0]} completions of each of {len(rows)} of {len(problems)} problems of {args.task}")
+    problems = [p for p in problems if p["id"] in rows]
+    return problems, [rows[p["id"]] for p in problems]
+
+
+def draw_samples(args: Args, name: str, problems: list[dict]) -> tuple[Path, dict, list] | None:
+    """(directory, subject, [(settings, rows)]) on the main process, None on others; draws what is missing."""
     # Without cpu=True two processes on a machine without a GPU would each believe to be alone.
     wait = InitProcessGroupKwargs(timeout=timedelta(days=7))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wait])
-    if args.engine == "vllm" and accelerator.num_processes > 1:
-        fail("--engine vllm runs in one process; start it with python, not with accelerate launch")
-    tail = Path(args.model)
-    name = args.name or (
-        tail.parent.name if tail.name == "model" and tail.parent.name else tail.name
-    )  # runs/dgpo/model
-    directory = Path(args.output_dir or f"runs/eval/{name}-{Path(args.task).stem}")
     with accelerator.main_process_first():
         weights = find_weights(args.model)
     try:
@@ -1021,28 +924,57 @@ def main(args: Args) -> None:
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if accelerator.device.type == "cuda" else "float32"
     fixed = [hash_weights(weights) if accelerator.is_main_process else None]
     broadcast_object_list(fixed)
-    fixed = {"weights": fixed[0], "engine": args.engine, "dtype": dtype, "top_p": args.top_p, "top_k": args.top_k}
+    fixed = {"weights": fixed[0], "engine": "hf", "dtype": dtype, "top_p": args.top_p, "top_k": args.top_k}
     fixed |= {"min_p": args.min_p, "max_new_tokens": args.max_new_tokens, "stop": list(stops), "seed": args.seed}
     fixed |= {"eos": end_tokens(tokenizer, weights)}
+    two = tokenizer("a b", add_special_tokens=False)["input_ids"]
+    if len(tokenizer.decode(two + two)) != 2 * len(tokenizer.decode(two)):
+        fixed["text"] = "behind the prompt"  # not the samples of a time when it was decoded alone, without first spaces
     runs = [fixed | {"temperature": float(t)} for t in dict.fromkeys(args.temperatures)]
     runs = [(digest(sorted(settings.items())), settings) for settings in runs]
     form = encode(tokenizer, prompt_texts(args, tokenizer, [{"question": "?"}])[0])  # the prompt around the question
     subject = {"weights": fixed["weights"], "task": args.task, "prompt": digest(form)}
-    path = directory / "results.json"
-    if path.exists() and not args.overwrite:
-        old = read_results(str(path))
-        if old["subject"] != subject:
-            differ = ", ".join(key for key in subject if old["subject"].get(key) != subject[key])
-            fail(f"{path} holds results of {old['name']} with other {differ}; choose an --output-dir, or --overwrite")
-    directory.mkdir(parents=True, exist_ok=True)
+    directory = claim(args, name, subject)
     accelerator.print(
         f"{name}: {len(problems)} problems of {args.task}, {args.n} samples at each of {len(runs)} temperatures"
     )
-    accelerator.print(
-        f"first prompt as the model sees it: {tokenizer.decode(prompts[0])!r}; ends at {stops or 'its end token'}"
-    )
+    first = tokenizer.decode(prompts[0])
+    accelerator.print(f"first prompt as the model sees it: {first!r}; ends at {stops or 'its end token'}")
+    sample_all(args, accelerator, directory, problems, prompts, runs, tokenizer, weights)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return None
+    samples, _ = read_samples(directory)
+    keys = [[(p["id"], digest(ids), j) for j in range(args.n)] for p, ids in zip(problems, prompts)]
+    rows = [(settings, [[samples[config, *key] for key in row] for row in keys]) for config, settings in runs]
+    return directory, subject, rows
+
+
+def compare(args: Args, others: list[dict]) -> None:
+    if len(others) < 2:
+        fail("give a --model, or --samples, or two or more results.json files to --compare")
+    directory = Path(args.output_dir or "runs/compared")
+    directory.mkdir(parents=True, exist_ok=True)
+    for result in others:
+        print(f"{result['name']}\n{table(result)}\n")
+    print_comparison(others)
+    figure(directory / "passk.png", others)
+    print(f"figure in {directory / 'passk.png'}")
+
+
+def main(args: Args) -> None:
+    check_args(args)
+    others = [read_results(path) for path in args.compare]
+    tasks = {Path(task).name for task in [r["task"] for r in others] + [args.task] * bool(args.model or args.samples)}
+    if len(tasks) > 1:
+        fail(f"--compare: these are results on different tasks, {', '.join(sorted(tasks))}")
+    if not args.model and not args.samples:
+        return compare(args, others)
 
     # What can fail does so before the sampling.
+    ks = [] if args.samples else choose_ks(args, args.n)
+    problems = load_problems(args)
+    graded = problems[0]["reference"] is not None
     if args.difficulty_from:
         groups = difficulty_groups(args.difficulty_from)
         problems = [p | {"group": groups.get(p["id"])} for p in problems]
@@ -1055,29 +987,40 @@ def main(args: Args) -> None:
         except ImportError:
             fail("--embedder: it needs sentence-transformers; pip install sentence-transformers")
         embed = SentenceTransformer(args.embedder).encode
-    layers = list(sandbox.layers()) if args.task == "humaneval" else []
+    results = {"model": args.model or args.samples, "task": args.task}
     if args.task == "humaneval":
-        accelerator.print(f"sandbox layers: {', '.join(layers) or 'none'}")
+        try:
+            results["sandbox"] = list(sandbox.layers())
+        except sandbox.SandboxError as error:
+            fail(f"no program of a model can be run safely here: {error}")
 
-    sample_all(args, accelerator, directory, problems, prompts, runs, tokenizer, weights, dtype)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
+    source = Path(args.model or Path(args.samples).with_suffix(""))  # runs/dgpo/model is called dgpo
+    name = args.name or (source.parent.name if source.name == "model" and source.parent.name else source.name)
+    if args.samples:
+        problems, rows = given_samples(args, problems)
+        ks = choose_ks(args, len(rows[0]))
+        subject = {"samples": args.samples, "task": args.task}
+        directory, runs = claim(args, name, subject), [({"temperature": args.temperatures[0]}, rows)]
+    elif drawn := draw_samples(args, name, problems):
+        directory, subject, runs = drawn
+    else:
         return
-    samples, _ = read_samples(directory)
-    results = {"name": name, "model": args.model, "task": args.task, "subject": subject, "temperatures": {}}
-    if args.task == "humaneval":
-        results["sandbox"] = layers
-    for config, settings in runs:
-        keys = [[(config, p["id"], digest(ids), j) for j in range(args.n)] for p, ids in zip(problems, prompts)]
-        rows = [[samples[key] for key in row] for row in keys]
-        grades = grade_all(args, problems, [[r["text"] for r in row] for row in rows])
+    results |= {"name": name, "subject": subject, "temperatures": {}}
+    for settings, rows in runs:
+        grades = grade_all(args, problems, [[r["text"] for r in row] for row in rows]) if graded else None
         value = measure(args, settings, ks, problems, rows, grades, embed)
         results["temperatures"][f"{settings['temperature']:g}"] = value
-    results = write_results(path, results)
+    path = directory / "results.json"
+    temporary = path.with_name(f".{path.name}")  # written beside and renamed into place
+    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False))
+    os.replace(temporary, path)
+    results = json.loads(path.read_text())  # as a reader sees it, with text for keys
     print(table(results))
-    print_comparison([*others, results])
-    figure(directory / "passk.png", [*others, results])
-    print(f"numbers in {path}, figure in {directory / 'passk.png'}")
+    print(f"numbers in {path}")
+    if graded:
+        print_comparison([*others, results])
+        figure(directory / "passk.png", [*others, results])
+        print(f"figure in {directory / 'passk.png'}")
 
 
 if __name__ == "__main__":

@@ -1,40 +1,57 @@
 """Reading and comparing final answers of GSM8K and MATH, without ever giving a model's text to Python to evaluate.
 
 grade_gsm8k("... so it is 18.00 dollars.", "... #### 18")           True: numbers are compared as exact rationals
-grade_math("... \\boxed{\\sqrt{12}}", "... \\boxed{2\\sqrt3}")      True: one spelling first, then math-verify's algebra
+grade_math("... \\boxed{\\sqrt{12}}", "... \\boxed{2\\sqrt3}")      True: math-verify's algebra, in algebra.py
 """
 
-import inspect
 import json
 import re
 import select
 import subprocess
 import sys
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 
-RUN_ON = re.compile(r"\n\s*(?:Q:|Question:|Problem:|###\s|###$|<\|)|\nQ\.")  # the model went on to a next question
-# A sign only where no digit or bracket stands before it ("10-3"), commas in groups of three, fractions, exponents
-NUMBER = re.compile(
-    r"(?<![\w.,])(?P<sign>(?:(?<![\d)])(?<![\d)]\s)[-+−–])?)\s?(?:[$€£¥]|\\\$|USD\s?|Rs\.?\s?)*\s?(?P<neg>[-−]?)"
-    r"(?P<number>(?:\d{1,3}(?:(?:,|\{,\}|\\,|\\!)+\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?P<power>[eE][-+]?\d{1,2}(?![\w.]))?(?:\s?/\s?(?P<below>\d+)(?![\d/]))?"
+from common import fail
+
+# ---------------------------------------------------------------------------------------------------------------------
+# what of a completion is the answer to its question
+
+THOUGHT = re.compile(
+    r"<(think|thinking|thought|reasoning)>.*?(?:</\1>|\Z)|"  # one that never ended has no answer behind it
+    r"\A.*(?:</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>final<\|message\|>)",  # begun before it
+    re.DOTALL,
 )
-PHRASE = re.compile(r"\b(?:final\s+)?answer\s*(?:is|:|=)\s*:?", re.IGNORECASE)
+NEXT = re.compile(r"\n\s*(?:Q:|Q\.\s|Human:|User:|#+ ?Instruction|\[INST\])|<\|(?!channel|message)[a-z_]{2,}\|>|</s>")
+PERHAPS_NEXT = re.compile(r"\n\s*(?:(?:#+ *)?\**(?:Question|Problem)\**:|#+\s*\n)")  # or the question, said again
+PHRASE = re.compile(
+    r"\banswer(?: to [^.\n:=]{1,60}?)?[*_]*\s*(?:\bis\b|\bwas\b|(?:would|will|should) be\b|:|=)[*_]*\s*:?"
+    r"(?! *(?:in)?correct\b| *(?:right|wrong)\b)|"
+    r"^[#*_ ]*(?:the )?(?:final )?answer[*_: ]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+STATED = re.compile(rf"####\s*\S*\d|\\boxed|\\fbox|{PHRASE.pattern}", PHRASE.flags)
 
 
-def read_number(text: str, last: bool = False) -> Fraction | None:
-    """The first (or last) number in a text as an exact rational; None where there is none."""
-    matches = list(NUMBER.finditer(text))
-    for match in reversed(matches) if last else matches:
-        digits = re.sub(r"[^\d.]", "", match["number"])
-        if len(digits) > 1000:  # int() refuses more than 4,300 digits, and no answer has 1,000
-            continue
-        value = Fraction(digits + (match["power"] or ""))
-        if match["below"] and int(match["below"][:1000]):
-            value /= int(match["below"][:1000])
-        return -value if (match["sign"] + match["neg"]) in ("-", "−", "–") else value
-    return None
+def without_thought(completion: str) -> str:
+    return THOUGHT.sub("", completion)
+
+
+def own_part(completion: str) -> str:
+    """The completion without its thinking and without a next question that the model went on to.
+
+    "Question:" opens a next one behind an answer, or where no answer follows; else the model repeats its own.
+    """
+    text = without_thought(completion).lstrip()
+    if match := NEXT.search(text, 1):
+        text = text[: match.start()]
+    for match in PERHAPS_NEXT.finditer(text, 1):
+        before, behind = text[: match.start()], text[match.end() :]
+        if STATED.search(before) or (re.search(r"\d", before) and not STATED.search(behind)):
+            return before
+    return text
 
 
 def cut(text: str, stops=()) -> str:
@@ -44,21 +61,85 @@ def cut(text: str, stops=()) -> str:
     return text
 
 
+def boxes(text: str) -> Iterator[tuple[int, str]]:
+    """(position, content) of each \\boxed{} or \\fbox{}, nested braces included, and of "\\boxed 5"."""
+    for box in re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text):
+        start = end = box.end()
+        if text[start : start + 1] != "{":
+            yield box.start(), re.match(r"[^\s$]*", text[start:])[0].rstrip(".,;")
+            continue
+        depth = 0
+        for brace in re.finditer(r"(?<!\\)[{}]", text[start:]):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                end = start + brace.start()
+                break
+        yield box.start(), text[start + 1 : end].strip()  # "" where the braces never close
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GSM8K: numbers
+
+SPACE = r"[ \u00a0\u2009\u202f]"
+# A sign only where no digit or bracket stands before it ("10-3"), groups of three, mixed numbers, fractions, exponents
+NUMBER = re.compile(
+    r"(?<![\w.,^])(?<!\^\{)(?P<sign>(?:(?<![\d)])(?<![\d)]\s)[-+−–])?)\s?"
+    r"(?:[$€£¥₹]|\\\$|USD\s?|Rs\.?\s?)*\s?(?P<neg>[-−]?)"
+    rf"(?P<number>(?:\d{{1,3}}(?:(?:,|\{{,\}}|\\,|\\!|{SPACE})+\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    rf"(?P<power>[eE][-+]?\d{{1,2}}(?![\w.]))?(?:(?:{SPACE}(?P<top>\d+))?\s?/\s?(?P<below>\d+)(?![\d/]))?"
+)
+FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{\s*(\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))")
+VULGAR = str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "⅓": " 1/3", "⅔": " 2/3", "⁄": "/"})
+
+
+def read_number(text: str, last: bool = False) -> Fraction | None:
+    """The first (or last) number in a text as an exact rational; None where there is none."""
+    text = FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text.translate(VULGAR))
+    matches = list(NUMBER.finditer(text))
+    for match in reversed(matches) if last else matches:
+        digits, top, below = (re.sub(r"[^\d.]", "", match[name] or "") for name in ("number", "top", "below"))
+        if len(digits + top + below) > 1000:  # int() refuses more than 4,300 digits, and no answer has 1,000
+            continue
+        value = Fraction(digits + (match["power"] or ""))
+        if below and int(below):
+            value = value + Fraction(int(top), int(below)) if top else value / int(below)
+        return -value if (match["sign"] + match["neg"]) in ("-", "−", "–") else value
+    return None
+
+
+def result(text: str) -> Fraction | None:
+    """The number that a line comes to: behind its last "=", or its first one."""
+    value = read_number(text.rsplit("=", 1)[-1])
+    return read_number(text) if value is None else value
+
+
+def marked(line: str, ends: bool) -> Fraction | None:
+    """The number behind ####, or None where it makes a heading ("#### Step 1: add", "#### 2. Multiply")."""
+    line = re.sub(r"^(?:[\s*_`(\[{$=~≈]|\\[(\[$])+", "", line)
+    if re.match(r"\d{1,2}[.)]\s+\W*[^\W\d]", line) and not ends:
+        return None
+    if re.match(r"[-+−–]?\s?(?:\\?\$|[€£¥₹]|USD|Rs|\\text|\\boxed|\\[dt]?frac|[-−\d.½¼¾⅓⅔])", line):
+        return result(line)
+    if match := re.search(r"\banswer\b", line, re.IGNORECASE):
+        return result(line[match.end() :])
+    heading = re.match(r"[A-Za-z][A-Za-z ]*\d+\s*[:.)–-]", line)
+    return result(line) if ends or ("=" in line and not heading) else None
+
+
 def find_gsm8k(completion: str) -> tuple[Fraction | None, str]:
-    """The final answer and how it was found: after the first ####, else after "The answer is", else the last number."""
-    match = RUN_ON.search(completion, len(completion) - len(completion.lstrip()))
-    text = completion[: match.start()] if match else completion
-    marker = re.search(r"####", text)
-    if marker and (value := read_number(text[marker.end() :])) is not None:
-        return value, "marker"
-    phrase = PHRASE.search(text)
-    if phrase:
-        rest = re.split(r"\n|(?<=[^\d])\.\s|(?<=\d)\.\s", text[phrase.end() :].lstrip(), maxsplit=1)[0]
-        value = read_number(rest.rsplit("=", 1)[-1])  # "The answer is 3 + 4 = 7."
-        if value is None:
-            value = read_number(text[phrase.end() :])
-        if value is not None:
+    """The final answer and how it was found: the last #### or box, else the last "answer is", else the last number."""
+    text = own_part(completion)
+    values = [(at, result(content)) for at, content in boxes(text)]
+    for match in re.finditer(r"####+\s*([^\n]*)", text):
+        values.append((match.start(), marked(match[1], not text[match.end() :].strip())))
+    if values := [pair for pair in values if pair[1] is not None]:
+        return max(values)[1], "marker"
+    phrases = [text[match.end() :].lstrip() for match in PHRASE.finditer(text)]
+    for rest in reversed(phrases):
+        if (value := result(re.split(r"\n|\.\s", rest, maxsplit=1)[0])) is not None:
             return value, "phrase"
+    if phrases and (value := read_number(phrases[-1])) is not None:
+        return value, "phrase"
     value = read_number(text, last=True)
     return value, "none" if value is None else "last number"
 
@@ -71,206 +152,120 @@ def grade_gsm8k(completion: str, reference: str) -> bool:
     return find_gsm8k(completion)[0] == expected
 
 
-def braced(text: str, start: int) -> str | None:
-    """The content of the braces that open at `start`, nested ones included; None where they never close."""
-    depth = 0
-    for i in range(start, len(text)):
-        if text[i] in "{}" and (i == 0 or text[i - 1] != "\\"):
-            depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return text[start + 1 : i]
-    return None
+# ---------------------------------------------------------------------------------------------------------------------
+# MATH: expressions
+
+MATHS = re.compile(r"\$\$?([^$]+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
 
 def find_math(completion: str) -> tuple[str | None, str]:
-    """The final answer as LaTeX: the last \\boxed{} or \\fbox{} ("\\boxed 5" too), else what "the answer is"."""
-    match = RUN_ON.search(completion, len(completion) - len(completion.lstrip()))
-    text = completion[: match.start()] if match else completion
-    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))):
-        if text[box.end() : box.end() + 1] == "{":
-            content = braced(text, box.end())
-        else:
-            content = re.match(r"[^\s$]*", text[box.end() :])[0].rstrip(".,;")
-        if content and content.strip():
-            return content.strip(), "marker"
-    phrases = list(PHRASE.finditer(text))
-    if phrases:
-        rest = text[phrases[-1].end() :].strip()
-        math = re.match(r"(?:\$\$?|\\\(|\\\[)(.+?)(?:\$\$?|\\\)|\\\])", rest, re.DOTALL)
-        rest = math[1] if math else re.split(r"\n|\.\s|\.$", rest, maxsplit=1)[0]
-        if rest.strip():
-            return rest.strip(), "phrase"
-    return None, "none"
+    """The final answer as LaTeX: the last box, else what "the answer is", else the last line's last mathematics."""
+    text = own_part(completion)
+    for _, content in reversed(list(boxes(text))):
+        if content:
+            return content, "marker"
+    for match in reversed(list(PHRASE.finditer(text))):
+        rest = text[match.end() :].strip().lstrip("*_ ")
+        spans = re.match(rf"(?:(?:{MATHS.pattern})(?:\s*(?:,|and|or)\s*)*)+", rest, re.DOTALL)
+        rest = MATHS.sub(lambda m: f" {m[1] or m[2] or m[3]} ", spans[0]) if spans else re.split(r"\n|\.\s", rest)[0]
+        if rest := rest.strip(" *_\n").removesuffix("."):
+            return rest.strip(" *_,"), "phrase"
+    line = text.rstrip().rsplit("\n", 1)[-1]
+    spans = list(re.finditer(rf"{MATHS.pattern}|\*\*(.+?)\*\*", line))
+    answer = spans and next(filter(None, spans[-1].groups())).strip(" :.")
+    return (answer, "last number") if answer else (None, "none")
 
 
-UNITS = (
-    r"(?:square |cubic |sq\.? ?|cu\.? ?)?(?:centi|milli|kilo)?(?:degrees?|deg|cm|mm|km|m|meters?|metres?|inch(?:es)?|"
-    r"in|feet|foot|ft|yards?|yd|miles?|mi|mph|miles per hour|hours?|hr|h|minutes?|min|seconds?|sec|s|days?|weeks?|"
-    r"months?|years?|grams?|g|kg|pounds?|lbs?|ounces?|oz|liters?|litres?|gallons?|cents?|dollars?|units?|percent|points?|"
-    r"people|students?|ways?|votes?|integers?|numbers?|pieces?|apples?|sides?|squares?|"
-    r"(?:more )?cookies|books|cards?|coins|tickets?|games?|pages|bushels|feet per second|"
-    r"per (?:hour|second|minute|day))"
-)
+# What keyboards and models write, in LaTeX
+SIGNS = {"−": "-", "–": "-", "∞": r"\infty ", "π": r"\pi ", "θ": r"\theta ", "×": r"\times ", "·": r"\cdot ", "÷": "/"}
+SIGNS |= {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
+SIGNS |= {"∅": r"\emptyset ", "\\varnothing": r"\emptyset ", "°": r"^\circ ", "²": "^2", "³": "^3", "½": r"\frac12 "}
+SIGNS |= {"\\{": r"\lbrace ", "\\}": r"\rbrace ", "\\$": "", "$": "", "\\%": "", "%": "", "**": "", "\n": " ", "~": " "}
+SIGN = re.compile("|".join(map(re.escape, sorted(SIGNS, key=len, reverse=True))))
+TEXT = r"\\(?:text|mbox|mathrm|textrm|textbf|textit|mathbf|textnormal|operatorname)\s*"
+FACTOR = r"(?:hundred|thousand|million|billion|trillion|dozen|[apAP]\.?\s?[mM]\b)"  # no units: they change the value
+UNIT = rf"(?!\s*{FACTOR})(?:{TEXT}\{{(?!\s*{FACTOR})[^{{}}]*\}}|(?:\\rm|\s)\s*[a-zA-Z]{{2,}}\.?(?:\s[a-zA-Z.]+)*)"
+TRIG = r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])"
 
 
-def normal_math(answer: str) -> str:
-    """One spelling for what a reader calls the same answer; what remains different is left to algebra."""
-    s = re.sub(r",\s*\\!\s*", ",", answer.strip().replace("\n", " "))
-    while (m := re.fullmatch(r"\$+(.*?)\$+|\\\((.*)\\\)|\\\[(.*)\\\]", s)) and (
-        inner := next(filter(None, m.groups()), "")
-    ):
-        s = inner.strip()
-    s = s.rstrip(". ").rstrip(",;")
-    s = s.replace("\\$", "").replace("$", "").replace("−", "-").replace("–", "-").replace("\\%", "").replace("%", "")
-    s = re.sub(r"\\[dt]frac", r"\\frac", s).replace("\\cfrac", "\\frac")
-    s = re.sub(r"\\(?:left|right|big|Big|bigg|Bigg)[lr]?(?![a-zA-Z])\s*", "", s)
-    s = re.sub(r"\\(?:displaystyle|textstyle|limits|mathstrut|hfill)(?![a-zA-Z])|\\[!,;:>] ?|\\ |~", " ", s)
-    s = re.sub(r"\\q?quad(?![a-zA-Z])", " ", s)
-    s = re.sub(
-        r"\^\s*(?:\{\s*\\(?:circ|degree)\s*\}|\\circ(?![a-zA-Z])|\\degree(?![a-zA-Z]))|°|\\degree(?![a-zA-Z])", "", s
-    )
-    s = s.replace("\\{", "\\lbrace ").replace("\\}", "\\rbrace ")
-    # a unit in \text after a number goes, with its power; text that is the whole answer stays
-    s = re.sub(
-        r"(?<=[\w})])\s*\\(?:text|mbox|mathrm|textrm|rm)\s*\{\s*" + UNITS + r"\.?\s*\}(?:\s*\^\s*\{?[23]\}?)?", "", s
-    )
-    s = re.sub(
-        r"\\(?:text|mbox|textrm|textbf|textit|mathrm|mathbf|mathit|mathsf|operatorname)\s*\{([^{}]*)\}", r" \1 ", s
-    )
-    s = re.sub(r"(?<=[\d}])\s*" + UNITS + r"\s*(?:\^\s*\{?[23]\}?)?\s*$", "", s) if re.match(r"[-+\d.,\\{(]", s) else s
-    s = (
-        re.sub(r"(?<=\d)(?:,|\{,\}|(?<=\d) )(?=\d{3}(?!\d))", "", s)
-        if re.fullmatch(r"\s*-?\d{1,3}((,|\{,\}| )\d{3})+(\.\d+)?\s*", s)
-        else s
-    )
-    s = s.replace("{,}", "")
-    # "x = 5" and "x \in [1,2]" name the unknown before the value
-    s = re.sub(r"^\s*(?:[a-zA-Z](?:_\{?\w+\}?)?(?:\([a-zA-Z]\))?)\s*(?:=|\\in(?![a-zA-Z])|\\approx)\s*", "", s)
-    s = re.sub(r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])", r"\\frac{\1}{\2}", s)
-    s = re.sub(r"\\frac\s*([0-9a-zA-Z])\s*\{", r"\\frac{\1}{", s)
-    s = re.sub(r"(\\frac\s*\{[^{}]*\})\s*([0-9a-zA-Z])", r"\1{\2}", s)
-    s = re.sub(r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}", s)
-    s = re.sub(r"(?<![\d.])(-?\d+)\s*/\s*(\d+)(?![\d.])", r"\\frac{\1}{\2}", s)
-    s = re.sub(r"\\frac\s*\{\s*-([^{}]*)\}", r"-\\frac{\1}", s) if s.lstrip().startswith("\\frac{-") else s
-    s = re.sub(r"\\(?:cdot|times|ast)(?![a-zA-Z])", r"*", s)
-    s = s.replace("\\lbrace ", "\\{").replace("\\rbrace ", "\\}").replace("\\varnothing", "\\emptyset")
-    s = re.sub(r"(?<=[\d})\]])\s*,?\s*\b(?:and|or)\b\s*(?=[-\d\\(\[])", ",", s)
-    m = re.fullmatch(r"\s*\(\s*([A-Za-z])\s*\)\s*", s)  # a choice: (A) is A
-    s = m[1] if m else s
-    return re.sub(r"\s+", "", s) if "\\" in s or re.search(r"\d|[=+*/^]", s) else re.sub(r"\s+", " ", s).strip().lower()
-
-
-def plain_value(s: str) -> Fraction | None:
-    """The value of a plain number, fraction or mixed number; None for anything else."""
-    m = re.fullmatch(r"(-?)\+?(?:(\d{0,200}(?:\.\d{0,200})?)|(\d{0,200})\\frac\{(\d{1,200})\}\{(\d{1,200})\})", s)
-    if not m or not re.search(r"\d", s):
-        return None
-    if m[2]:
-        value = Fraction("0" + m[2] if m[2].startswith(".") else m[2].rstrip(".") if m[2].endswith(".") else m[2])
-    elif m[4] and int(m[5]):
-        value = Fraction(int(m[3] or 0)) + Fraction(int(m[4]), int(m[5]))
-    else:
-        return None
-    return -value if m[1] else value
-
-
-def math_worker():
-    """Runs in a process of its own, started from this source: are two LaTeX answers equal, pair after pair."""
-    import json
-    import resource
-    import signal
-    import sys
-    from fractions import Fraction
-
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
-    import sympy
-    import sympy.physics.units  # simplify imports it late, and it reads its own names through parse_expr
-    from math_verify import LatexExtractionConfig, parse, verify
-    from sympy.parsing import sympy_parser
-
-    def number_only(text, *args, **kwargs):
-        # latex2sympy reads each number through sympify, whose parse_expr calls eval: this reads it without
-        return sympy.Rational(Fraction(text))
-
-    sympy_parser.parse_expr = number_only
-
-    def equal(a, b):
-        read = [
-            parse(f"${x}$", [LatexExtractionConfig()], parsing_timeout=None, fallback_mode="no_fallback")
-            for x in (a, b)
-        ]
-        return bool(read[0] and read[1] and verify(read[0], read[1], timeout_seconds=None, float_rounding=9))
-
-    equal(r"\frac{\sqrt{3}}{2}+x^2", r"[1,2)\cup\{3\}")  # imports what sympy imports late, before the door is shut
-
-    def no_eval(event, args):
-        code = args[0].co_filename if event == "exec" else ""
-        # sympy.polys.monomials alone may: it writes functions of the variables a0, a1, ... with no name from outside
-        if code[:1] == "<" and code[:7] != "<frozen" and "monomials.py" not in sys._getframe(1).f_code.co_filename:
-            raise RuntimeError("a text was about to be evaluated as Python")
-
-    sys.addaudithook(no_eval)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        signal.alarm(60)  # without a handler it ends the process, should nobody be left to do so
-        try:
-            answer = equal(*json.loads(line))
-        except BaseException:  # whatever sympy trips over is not an equal answer
-            answer = False
-        print(json.dumps(answer), flush=True)
+def spelling(answer: str) -> str:
+    """An answer without what carries no value (dollars, percent, units, spaces, sizes), in LaTeX."""
+    s = SIGN.sub(lambda m: SIGNS[m[0]], re.sub(r"\\[()\[\]]", "", answer))
+    s = re.sub(r"(?:√|\\sqrt)\s*\(([^()]*)\)|√\s*(\d+|\w)", r"\\sqrt{\1\2}", s)
+    s = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad)(?![a-zA-Z])", " ", s)
+    s = re.sub(r"(?<=\d)(?:\s*,?\\[!,]\s*|\{,\})(?=\d{3}(?!\d))", "", s)
+    s = re.sub(r"(?<!\\)\\[!,;:> ]", " ", s).strip(" ,;").rstrip(".,; ")
+    degree = r"(?:\s*\^\s*\{\s*\\circ\s*\}|\s*\^?\s*\\(?:circ|degree)(?![a-zA-Z]))"
+    if re.search(TRIG, s):  # sin 32 degrees is no sin 32
+        s = re.sub(rf"(\d+(?:\.\d+)?|\([^()]*\)){degree}", r"{(\\frac{\1 \\pi}{180})}", s)
+    s = re.sub(degree, "", s)
+    s = re.sub(rf",?\s*(?:{TEXT}\{{\s*(?:and|or)\s*\}}|\b(?:and|or)\b)\s*", ",", s)
+    if re.match(r"[^a-zA-Z]*(?:\\(?:d|t|c)?frac|\\sqrt|\d)", s) or "=" in s:
+        s = re.sub(rf"(?<=[\d}}\)a-z])\s*{UNIT}(?:\s*\^\s*\{{?\d\}}?)?\s*$", "", s)
+    s = re.sub(rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 ", s)
+    if re.fullmatch(r"\s*-?\s*\d{1,3}([, ]\d{3})+(\.\d+)?\s*", s):
+        s = re.sub(r"[, ]", "", s)
+    s = s.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
+    return re.sub(r"\s+", " ", s).strip(" ,;")
 
 
 _worker = None
 
 
 @lru_cache(maxsize=100_000)
-def equal_by_algebra(a: str, b: str, timeout: float = 5.0) -> bool:
-    """math-verify's verdict from a process that is killed after `timeout` seconds: no alarm interrupts 9^{9^{9^9}}."""
+def algebra(*question: str, seconds: float = 5.0) -> bool | str:
+    """What algebra.py answers, from a process that is killed when it takes too long: no alarm stops 9^{9^{9^9}}."""
     global _worker
-    for _ in range(2):  # a worker that died between two questions is started again
-        if _worker is None or _worker.poll() is not None:
-            source = inspect.getsource(math_worker) + "\nmath_worker()\n"
-            pipe = subprocess.PIPE
-            _worker = subprocess.Popen(
-                [sys.executable, "-c", source], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
-            )
-            if _worker.stdout.readline() != b"ready\n":
-                raise SystemExit("error: grading MATH needs math-verify: pip install -r requirements.txt")
-        try:
-            _worker.stdin.write(json.dumps([a, b]).encode() + b"\n")
-            _worker.stdin.flush()
-            break
-        except BrokenPipeError:
-            _worker = None
-    answer = b""
-    if _worker is not None and select.select([_worker.stdout], [], [], timeout)[0]:
-        answer = _worker.stdout.readline()
-    if answer not in (b"true\n", b"false\n"):  # out of time or out of memory
+    if max(map(len, question)) > 500:  # no answer of MATH is longer than 200 characters
+        return False
+    if _worker is None or _worker.poll() is not None:
+        command = [sys.executable, "-I", str(Path(__file__).with_name("algebra.py"))]
+        _worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if _worker.stdout.readline() != b"ready\n":
+            lines = _worker.stderr.read().decode(errors="replace").split("\n")
+            fail(f"grading MATH needs math-verify (pip install -r requirements.txt): {' '.join(lines[-2:])}")
+    _worker.stdin.write(json.dumps(question).encode() + b"\n")
+    _worker.stdin.flush()
+    answer = _worker.stdout.readline() if select.select([_worker.stdout], [], [], seconds)[0] else b""
+    if not answer:  # out of time or out of memory
         _worker.kill()
         _worker.wait()
         _worker = None
-    return answer == b"true\n"
+    return json.loads(answer or "false")
 
 
-def equal_math(a: str, b: str) -> bool:
-    a, b = normal_math(a), normal_math(b)
-    if not a or not b:
+def in_words(answer: str, s: str) -> bool:
+    """Whether an answer is no mathematics: "even", "A, D", "4:30 p.m."; s is its spelling."""
+    quoted = re.fullmatch(rf"\W*(?:{TEXT}\{{[^{{}}]*\}}\W*)+", answer) and re.search("[a-zA-Z]", s)
+    return bool(quoted or re.fullmatch(r"(?=.*[a-zA-Z]{3})[a-zA-Z.,:;'() -]+", s))
+
+
+def parts(s: str) -> list[str]:
+    return sorted(re.sub(r"[\s.()]", "", part).casefold() for part in s.split(","))
+
+
+def equal_math(found: str, expected: str) -> bool:
+    """Whether two LaTeX answers are the same; `found` may leave out a tuple's brackets or an "x =", as readers do."""
+    f, e = spelling(found), spelling(expected)
+    if not f or not e:
         return False
-    if a == b:
+    if in_words(found, f) or in_words(expected, e):
+        return parts(f) == parts(e)
+    f, e = (re.sub(r"^\(\s*([A-Za-z])\s*\)$", r"\1", s) for s in (f, e))  # a choice: (A) is A
+    if f == e:
         return True
+    if all(re.fullmatch(r"-?\d{1,999}", s) for s in (f, e)):
+        return int(f) == int(e)
     # a number in another base: where only one of the two names the base, the question did
-    based = [re.fullmatch(r"(\w+)_\{?(\d+)\}?", s) for s in (a, b)]
+    based = [re.fullmatch(r"(?:[a-zA-Z]\s*=\s*)?(\w+)_\{?(\d+)\}?", s) for s in (f, e)]
     if any(based):
-        digits = [m[1] if m else s for m, s in zip(based, (a, b))]
+        digits = [m[1] if m else s for m, s in zip(based, (f, e))]
         return digits[0] == digits[1] and (not all(based) or based[0][2] == based[1][2])
-    values = plain_value(a), plain_value(b)
-    if None not in values:
-        return values[0] == values[1]
-    if ("," in a) != ("," in b) and "\\pm" not in a + b:  # a pair, an interval or a list is no number
+    if ("," in f) != ("," in e) and not re.search(r"\\pm|[<>]|\\[lg]eq?", f + e):  # a list is no number
         return False
-    if max(len(a), len(b)) > 500:  # no answer of MATH is longer than 200 characters
+    if "".join(s[0] for s in (f.lstrip("\\"), e.lstrip("\\"))) in ("{(", "({", "{[", "[{"):
         return False
-    return equal_by_algebra(a, b)
+    return algebra(e, f)
 
 
 def grade_math(completion: str, reference: str) -> bool:
@@ -278,3 +273,9 @@ def grade_math(completion: str, reference: str) -> bool:
     expected = find_math(reference)[0] if re.search(r"\\(boxed|fbox)", reference) else reference
     found = find_math(completion)[0]
     return found is not None and bool(expected) and equal_math(found, expected)
+
+
+def vote(answer: str) -> str:
+    """A name that equal answers to a MATH problem share: 0.5 and \\frac12 vote together."""
+    s = spelling(answer)
+    return ",".join(parts(s)) if in_words(answer, s) else algebra(s) or s

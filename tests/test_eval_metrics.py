@@ -100,7 +100,7 @@ def test_intervals_of_paired_differences_cover_and_are_narrower():
 
 
 def test_maj_at_k():
-    """k = n is exact; k < n equals the mean over all subsets."""
+    """k = 1 and k = n are exact; between them it comes near the mean over all subsets."""
     answers = ["7", "7", "8", None, "8", "7.0"]
     right = [True, True, False, False, False, True]  # 7.0 is right as well: three votes for 7, two for 8
     assert maj_at_k(answers, right, 6) == 1.0
@@ -111,10 +111,32 @@ def test_maj_at_k():
     for subset in itertools.combinations(range(6), 3):
         sevens, eights = sum(right[i] for i in subset), sum(answers[i] == "8" for i in subset)
         expected.append(1.0 if sevens > eights else 0.5 if sevens == eights > 0 else 0.0)
-    assert abs(maj_at_k(answers, right, 3, draws=20_000) - np.mean(expected)) < 0.02
-    assert abs(maj_at_k(answers, right, 1, draws=20_000) - 0.5) < 0.02
+    assert abs(maj_at_k(answers, right, 3) - np.mean(expected)) < 0.02
+    assert maj_at_k(answers, right, 1) == 0.5, "one vote is pass@1, exactly"
+    two = np.mean(
+        [
+            maj_at_k([answers[i] for i in pair], [right[i] for i in pair], 2)
+            for pair in itertools.combinations(range(6), 2)
+        ]
+    )
+    assert abs(maj_at_k(answers, right, 2) - two) < 0.015
     with pytest.raises(ValueError):
         maj_at_k(answers, right, 7)
+
+
+def test_equal_wrong_answers_vote_together():
+    """0.5 and 1/2 have two votes against one for 7 and one for 8, in GSM8K as in MATH."""
+    for task, texts in (
+        ("gsm8k", ["#### 0.5", "The answer is 1/2.", "#### 7", "#### 8"]),
+        ("math", ["\\boxed{0.5}", "\\boxed{\\frac12}", "\\boxed{7}", "\\boxed{8}"]),
+        ("math", ["\\boxed{x+1}", "\\boxed{1+x}", "\\boxed{7}", "\\boxed{8}"]),
+        ("math", ["\\boxed{1,2}", "\\boxed{2 \\text{ and } 1}", "\\boxed{7}", "\\boxed{\\text{Even}}"]),
+    ):
+        grades = [eval_passk.grade(task, {"reference": "7"}, text) for text in texts]
+        right, answers = [ok for ok, _, _ in grades], [answer for _, answer, _ in grades]
+        assert right == [False, False, True, False] and answers[0] == answers[1] != answers[3]
+        assert maj_at_k(answers, right, 4) == 0.0
+    assert eval_passk.grade("math", {"reference": "\\boxed{\\text{even}}"}, "no answer") == (False, None, "none")
 
 
 def test_self_bleu_equals_nltk():
@@ -170,4 +192,7 @@ def test_entropy_and_splits():
     assert result["found_by"] == {"marker": 1, "last number": 1, "none": 2}
     assert result["ended_by"] == {"eos": 2, "length": 1, "stop": 1}
     for change in ({"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}):
-        assert eval_passk.diversity(args, settings | change, rows, [["1"], ["2"]])["entropy"] is None
+        assert eval_passk.diversity(args, settings | change, rows)["entropy"] is None
+    without = eval_passk.measure(args, settings, [], problems, rows, None)  # a task without answers
+    assert without["diversity"]["entropy"] == 2.0 and without["ended_by"] == result["ended_by"]
+    assert not {"pass@k", "maj@k", "splits", "found_by"} & set(without)

@@ -308,31 +308,174 @@ def test_results_and_comparison(tiny, tmp_path, capsys):
 
 
 def test_user_errors_are_one_clear_line(tiny, tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"question": "1+1"}\n')
-    (tmp_path / "words.jsonl").write_text('{"question": "1+1", "answer": "two"}\n')
-    (tmp_path / "other.json").write_text('{"name": "a", "task": "math", "temperatures": {"1": {}}}')
-    (tmp_path / "torn.jsonl").write_text('{"question": "1+1", "answer": "2"}\n{"quest')
+    files = {
+        "blank.jsonl": '{"question": " ", "answer": "2"}\n',
+        "words.jsonl": '{"question": "1+1", "answer": "two"}\n',
+        "some.jsonl": '{"question": "1+1", "answer": "2"}\n{"question": "1+2"}\n',
+        "number.jsonl": '{"question": "1+1", "answer": 2}\n',
+        "empty.jsonl": "",
+        "list.jsonl": "[1]\n",
+        "torn.jsonl": '{"question": "1+1", "answer": "2"}\n{"quest',
+        "latin.jsonl": '{"question": "\xe9", "answer": "2"}\n'.encode("latin-1"),
+        "torn.jsonl.gz": gzip.compress(b'{"question": "1+1", "answer": "2"}\n')[:-12],
+        "no.jsonl.gz": "plain text",
+        "math.jsonl": '{"problem": "1+1", "solution": "It is 2."}\n',
+        "math_empty.jsonl": '{"problem": "1+1", "solution": "It is \\\\boxed{}."}\n',
+        "check.jsonl": json.dumps({"prompt": "def f():\n", "entry_point": "f", "test": "def chek(f): pass\n"}),
+        "name.jsonl": json.dumps({"prompt": "def f():\n", "entry_point": "g", "test": "def check(f): pass\n"}),
+        "syntax.jsonl": json.dumps({"prompt": "def f():\n", "entry_point": "f", "test": "def check(f) pass\n"}),
+        "other.json": '{"name": "a", "task": "math", "temperatures": {"1": {}}}',
+        "unknown.jsonl": '{"question": "who?", "completion": "3"}\n',
+        "no_text.jsonl": '{"question": "3="}\n',
+        "uneven.jsonl": '{"question": "3=", "completion": "3"}\n' * 2 + '{"question": "7+3=", "completion": "3"}\n',
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data.encode() if isinstance(data, str) else data)
+    at = {name: str(tmp_path / name) for name in files}
     tiny_args = {"model": str(tiny / "a"), "task": str(tiny / "problems.jsonl"), "output_dir": str(tmp_path / "out")}
+    run, given = {"task": "humaneval", "allow_code_execution": True}, {"model": "", "temperatures": (1.0,)}
     for changes, message in (
         ({"task": "humaneval"}, "--allow-code-execution"),
         ({"task": "gsm9k"}, "not gsm8k"),
         ({"task": str(tmp_path / "none.jsonl")}, "no such file"),
-        ({"task": str(tmp_path / "bad.jsonl")}, 'row 1: "answer" is missing'),
-        ({"task": str(tmp_path / "words.jsonl")}, "has no number"),
-        ({"task": str(tmp_path / "torn.jsonl")}, "line 2: not JSON"),
+        ({"task": at["blank.jsonl"]}, 'row 1: "question" is missing, empty or no text'),
+        ({"task": at["words.jsonl"]}, "has no number"),
+        ({"task": at["number.jsonl"]}, 'row 1: "answer" is missing, empty or no text'),
+        ({"task": at["some.jsonl"]}, 'row 2: all rows must have an "answer", or none'),
+        ({"task": at["empty.jsonl"]}, "is empty"),
+        ({"task": at["list.jsonl"]}, "line 1: no object"),
+        ({"task": at["torn.jsonl"]}, "line 2: not JSON"),
+        ({"task": at["latin.jsonl"]}, "cannot be read"),
+        ({"task": at["torn.jsonl.gz"]}, "cannot be read"),
+        ({"task": at["no.jsonl.gz"]}, "cannot be read"),
+        ({"task": "math", "data": at["math.jsonl"]}, 'row 1: "solution" has no'),
+        ({"task": "math", "data": at["math_empty.jsonl"]}, 'row 1: "solution" has no'),
+        (run | {"data": at["check.jsonl"]}, 'row 1: "test" defines no check'),
+        (run | {"data": at["name.jsonl"]}, 'row 1: "prompt" does not begin g'),
+        (run | {"data": at["syntax.jsonl"]}, "are no Python"),
         ({"n": 4, "ks": (8,)}, "cannot be estimated"),
         ({"temperatures": (-1.0,)}, "--temperatures"),
+        ({"temperatures": (float("nan"),)}, "--temperatures"),
         ({"top_p": 0.0}, "--top-p"),
+        ({"problems": -1}, "--problems"),
+        ({"seed": -1}, "--seed"),
+        ({"stop": ("",)}, "--stop"),
+        ({"timeout": 0.0}, "--timeout"),
+        ({"timeout": -1.0}, "--timeout"),
         ({"prompt": "chat"}, "no chat template"),
-        ({"compare": (str(tmp_path / "bad.jsonl"),)}, "no results.json"),
-        ({"compare": (str(tmp_path / "other.json"),)}, "different tasks, math, problems.jsonl"),
+        ({"compare": (at["blank.jsonl"],)}, "no results.json"),
+        ({"compare": (at["other.json"],)}, "different tasks, math, problems.jsonl"),
         ({"model": ""}, "give a --model"),
         ({"model": str(tmp_path)}, "cannot be loaded"),
+        ({"output_dir": at["other.json"]}, "--output-dir"),
+        ({"samples": at["unknown.jsonl"]}, "takes the place of --model"),
+        (given | {"samples": at["unknown.jsonl"], "temperatures": (0.5, 1.0)}, "the one temperature"),
+        (given | {"samples": at["unknown.jsonl"]}, "row 1: none of question, problem, prompt, task_id"),
+        (given | {"samples": at["no_text.jsonl"]}, 'row 1: "completion" is missing'),
+        (given | {"samples": at["uneven.jsonl"]}, "from 1 to 2 completions"),
+        (given | {"samples": at["uneven.jsonl"], "ks": (3,)}, "from 1 to 2 completions"),
     ):
         with pytest.raises(SystemExit) as error:
             eval_passk.main(Args(**(tiny_args | changes)))
         assert str(error.value).startswith("error: ") and message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out" / "samples.jsonl").exists()
+
+
+def sentencepiece(path: Path):
+    """A tokenizer built as Llama-2's and Mistral's are: spaces are part of words, bytes where there is no word."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["▁", "▁▁", "▁▁▁▁", "▁return", "▁if", *map(chr, range(33, 127))]
+    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *words]
+    merges = [("▁", "▁"), ("▁▁", "▁▁")]
+    for whole in ("▁return", "▁if"):
+        vocabulary += [whole[:i] for i in range(2, len(whole)) if whole[:i] not in vocabulary]
+        merges += [(whole[:i], whole[i]) for i in range(1, len(whole))]
+    core = models.BPE({token: i for i, token in enumerate(vocabulary)}, merges, unk_token="<unk>", byte_fallback=True)
+    tokenizer = Tokenizer(core)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(path)
+    return fast
+
+
+def test_the_text_of_a_completion_keeps_its_first_space(tmp_path, loaded):
+    """Behind its prompt a completion reads as it was written, by each kind of tokenizer; alone it would not."""
+    tokenizer, body = sentencepiece(tmp_path), "    return é if é else '→'\n"
+    (prompt, whole) = tokenizer(["def f(é):\n", "def f(é):\n" + body], add_special_tokens=False)["input_ids"]
+    tokens = whole[len(prompt) :]
+    assert whole[: len(prompt)] == prompt and tokenizer.decode(tokens) == body[1:]
+    assert eval_passk.completion_text(tokenizer, prompt, tokens) == body
+    assert eval_passk.completion_text(tokenizer, [1, *prompt], [*tokens, 2]) == body
+    for split in range(1, len(whole)):  # in the middle of a character too: it comes whole, with what ends it
+        before = tokenizer.decode(whole[:split]).rstrip("\ufffd")
+        assert before + eval_passk.completion_text(tokenizer, whole[:split], whole[split:]) == "def f(é):\n" + body
+    _, plain = loaded
+    ids = plain("7+3= 10")["input_ids"]
+    assert eval_passk.completion_text(plain, ids[:4], ids[4:]) == " 10"
+
+
+def test_samples_of_a_sentencepiece_model(tiny, tmp_path):
+    """Stop strings are seen, and samples of a time when the first space was lost have another key."""
+    from transformers import LlamaConfig, LlamaForCausalLM, StopStringCriteria
+
+    tokenizer = sentencepiece(tmp_path / "m")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=2, initializer_range=0.1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
+    args = Args(model=str(tmp_path / "m"), task=str(tiny / "problems.jsonl"), output_dir=str(tmp_path / "out"), n=4)
+    args.temperatures, args.max_new_tokens, args.ks = (1.0,), 12, (1,)
+    eval_passk.main(args)
+    settings = json.loads((tmp_path / "out" / "samples.jsonl").read_text().splitlines()[0])["settings"]
+    assert settings["text"] == "behind the prompt"
+    ids = tokenizer("x\n    return 1\n\ndef g", add_special_tokens=False)["input_ids"]
+    criteria = StopStringCriteria(tokenizer, ["\ndef"])
+    seen = [bool(criteria(torch.tensor([ids[:i]]), None)) for i in range(1, len(ids) + 1)]
+    assert seen.index(True) == len(ids) - 3  # behind "def", before " g"
+
+
+def test_samples_made_elsewhere(tiny, tmp_path, capsys):
+    """Graded as if drawn here: of two samples of each of two problems one is right; n and the k's are the file's."""
+    rows = [{"question": "3=", "completion": "#### 3"}, {"question": "7+3=", "completion": "#### 3"}]
+    rows += [{"question": "7+3=", "completion": "The answer is 4.STOP 5"}, {"question": "3=", "completion": "no"}]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = Args(samples=str(tmp_path / "s.jsonl"), task=str(tiny / "problems.jsonl"), temperatures=(0.7,))
+    args.output_dir, args.stop = str(tmp_path / "out"), ("STOP",)
+    eval_passk.main(args)
+    assert "2 completions of each of 2 of 6 problems" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    value = results["temperatures"]["0.7"]
+    assert results["name"] == "s" and [p["c"] for p in value["problems"]] == [1, 1] and value["n"] == 2
+    assert value["pass@k"]["1"]["mean"] == 0.5 and value["pass@k"]["2"]["mean"] == 1.0
+    assert value["diversity"]["entropy"] is None and value["found_by"] == {"marker": 2, "phrase": 1, "none": 1}
+    args.samples = str(tmp_path / "t.jsonl")
+    (tmp_path / "t.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(SystemExit, match="holds results of s with other samples"):
+        eval_passk.main(args)
+
+
+def test_prompts_without_answers(tiny, tmp_path, capsys):
+    """Entropy, Self-BLEU and Distinct, without grades and what comes of them."""
+    with open(tmp_path / "prompts.jsonl", "w") as file:
+        file.writelines(json.dumps({"prompt": "7+" * i + "3="}) + "\n" for i in range(6))
+    graded = evaluate(tiny, tmp_path / "graded", temperatures=(1.0,))["temperatures"]["1"]
+    args = Args(model=str(tiny / "a"), task=str(tmp_path / "prompts.jsonl"), output_dir=str(tmp_path / "out"), n=6)
+    args.temperatures, args.max_new_tokens, args.tokens_per_device = (1.0,), 24, 400
+    eval_passk.main(args)
+    value = json.loads((tmp_path / "out" / "results.json").read_text())["temperatures"]["1"]
+    assert value["diversity"]["entropy"] > 0 and value["diversity"].keys() == graded["diversity"].keys() - {
+        "distinct_answers"
+    }
+    assert "pass@k" not in value and not (tmp_path / "out" / "passk.png").exists()
+    out = capsys.readouterr().out.split("prompts.jsonl, 6 samples")[1]
+    assert "self_bleu" in out and "pass@" not in out and "answers found" not in out
 
 
 def test_prompts(tiny, loaded):
@@ -357,7 +500,7 @@ def test_prompts(tiny, loaded):
     ((chat,), stops) = eval_passk.prompt_texts(Args(task="toy.jsonl"), tokenizer, problem)
     assert (chat, stops) == ("<user>How many?<me>", ())
     ((chat,), stops) = eval_passk.prompt_texts(Args(task="humaneval"), tokenizer, problem)
-    assert chat.endswith("<me>```python\nHow many?") and stops == ("\n```",)
+    assert chat.endswith("<me>```python\nHow many?") and stops == ("\n```\n",)
 
 
 def test_humaneval_end_to_end(tiny, tmp_path):
@@ -375,6 +518,31 @@ def test_humaneval_end_to_end(tiny, tmp_path):
     assert eval_passk.run_humaneval(row, "    return a\n", 5.0) and not eval_passk.run_humaneval(
         row, "    return 2\n", 5.0
     )
+
+
+CODE = [  # prompt with an import, completion, does it define the function in a block?
+    ("    return math.floor(x)\n", False),
+    ("    return math.floor(x)\n```\n\nThis rounds down:\n```python\nprint(f(1.5))\n```\n", False),
+    ("Sure!\n\n```python\ndef f(x):\n    return math.floor(x)\n```\nIt rounds down.", True),
+    ("```python\ndef f(x):\n    return math.floor(x)\n```", True),
+    ("```py\nimport math\n\n\ndef f(x: float) -> int:\n    return math.floor(x)", True),
+    ("1. Write\n   ```python\n   def f(x):\n       return math.floor(x)\n   ```\n", True),
+    ("```python\ndef f(x):\n    pass\n```\nNow the body:\n```python\ndef f(x):\n    return math.floor(x)\n```", True),
+    ("```python\ndef f(x):\n    return math.floor(x)\n```\nTry it:\n```python\nprint(f(1.5))\n```", True),
+    (
+        "<think>\n```\ndef f(x):\n    return 0\n```\n</think>\n```\ndef f(x):\n    return math.floor(x)\n```",
+        True,
+    ),
+]
+
+
+@pytest.mark.parametrize("completion, whole", CODE)
+def test_code_block_of_a_chat_answer(completion, whole):
+    row = {"prompt": "import math\n\n\ndef f(x):\n", "entry_point": "f"}
+    row["test"] = "def check(f):\n    assert f(1.5) == 1\n"
+    assert eval_passk.find_code(completion, "f").startswith("\n    pass\n") == whole
+    assert eval_passk.run_humaneval(row, completion, 5.0)
+    assert not eval_passk.run_humaneval(row, completion.replace("floor", "ceil"), 5.0)
 
 
 def test_five_times_as_fast_as_a_plain_loop(loaded):

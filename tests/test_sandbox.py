@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -16,13 +17,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from grading import sandbox  # noqa: E402
-from grading.sandbox import Sandbox, layers, pack, unpack  # noqa: E402
+from grading.candidate import ALLOWED, pack, unpack  # noqa: E402
+from grading.sandbox import Sandbox, SandboxError, layers  # noqa: E402
 
 HUMANEVAL = Path(__file__).parents[2] / "shared" / "data" / "HumanEval.jsonl.gz"
 SECRET = "hidden-expected-value"
 LIMIT = 0.7
 
-pytestmark = pytest.mark.skipif("seccomp" not in layers(), reason="the sandbox needs a Linux kernel with seccomp")
+pytestmark = pytest.mark.skipif(os.uname().machine not in ALLOWED, reason="no list of system calls for this machine")
 
 PROBLEM = {
     "prompt": 'def answer(number, text):\n    """Tell what the check expects."""\n',
@@ -78,6 +80,18 @@ HOSTILE = {
                 memory.seek(low)
                 found = re.search(b'hidden[-]expected-value', memory.read(high - low))
                 if found: return found[0].decode()""",
+    "driver's memory, wherever it is": """
+        import os, re
+        for name in os.listdir('/proc'):
+            try:
+                if '-I' not in open('/proc/%s/cmdline' % name).read().split('\\0'): continue
+                with open('/proc/%s/mem' % name, 'rb', 0) as memory:
+                    for line in open('/proc/%s/maps' % name):
+                        low, high = (int(x, 16) for x in line.split()[0].split('-'))
+                        memory.seek(low)
+                        found = re.search(b'hidden[-]expected-value', memory.read(high - low))
+                        if found: return found[0].decode()
+            except (OSError, OverflowError): pass""",
     "ptrace": """
         import ctypes, os
         libc = ctypes.CDLL(None)
@@ -206,6 +220,24 @@ HOSTILE = {
         import socket
         connection = socket.create_connection(('127.0.0.1', PORT), timeout=2)
         return connection.recv(100).decode()""",
+    "datagrams to anyone": """
+        import socket
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        return ours.sendto(b'x', '/dev/log')""",
+    "descriptors that were left open": """
+        import os
+        for number in range(3, 64):
+            try: text = os.read(number, 100000).decode(errors='replace')
+            except OSError: continue
+            if 'hidden-' + 'expected' in text: return text""",
+    "vfork, clone and exec by number": """
+        import ctypes
+        libc = ctypes.CDLL(None)
+        return [libc.syscall(n, 17, 0, 0, 0, 0) for n in (56, 57, 58, 59, 220, 221, 322, 281, 435)]""",
+    "io_uring, memfd and open_by_handle": """
+        import ctypes
+        libc = ctypes.CDLL(None)
+        return [libc.syscall(n, 0, 0, 0, 0) for n in (425, 426, 319, 279, 304, 265, 437, 257 + 0x40000000)]""",
     "children left behind": """
         import os, time
         for _ in range(2):
@@ -247,12 +279,26 @@ def body(source, **values):
     return textwrap.indent(head, "    ") + "\n" + module
 
 
-def processes_of(marker):
-    """Processes whose command line names `marker`: the driver, and everything forked from it."""
+def descendants(ancestor):
+    """Processes that `ancestor` started, and those that they did, or that were left to process 1 by these."""
+    parents = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            parents[int(name)] = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            pass
+    found = {ancestor}
+    for _ in parents:
+        found |= {pid for pid, parent in parents.items() if parent in found}
+    return sorted(found - {ancestor})
+
+
+def candidates():
+    """All candidates on this machine, whoever is their parent by now."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if marker in Path(f"/proc/{name}/cmdline").read_text():
+            if "from candidate import main" in Path(f"/proc/{name}/cmdline").read_text():
                 found.append(int(name))
         except OSError:
             pass
@@ -283,10 +329,7 @@ def port():
     server.close()
 
 
-SETS = [layers(), ("seccomp",), tuple(layer for layer in layers() if layer != "namespaces")]
-
-
-@pytest.mark.parametrize("use", sorted(set(SETS), key=len, reverse=True), ids="+".join)
+@pytest.mark.parametrize("use", sorted({layers(), ("seccomp",)}), ids="+".join)
 def test_hostile_programs_neither_pass_nor_hurt_nor_stay(use, victim, port, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     # the process whose environment /proc shows is the one that was started with it
@@ -295,8 +338,7 @@ def test_hostile_programs_neither_pass_nor_hurt_nor_stay(use, victim, port, monk
     assert len(HOSTILE) >= 20
     with Sandbox(use=use) as box:
         assert box.check(PROBLEM, f"    return '{SECRET}'\n", 5.0) == ("pass", "")
-        directory = box.directory
-        driver = box.process.pid
+        driver, others = box.process.pid, set(candidates())
         for name, source in HOSTILE.items():
             if len(use) == 1 and ("environment" in name or "secret file" in name):
                 continue  # seccomp alone cannot see which file is opened; the docs say so
@@ -305,50 +347,106 @@ def test_hostile_programs_neither_pass_nor_hurt_nor_stay(use, victim, port, monk
             seconds = time.monotonic() - start
             if verdict != "fail" or seconds > LIMIT + 5.0:
                 problems.append((name, verdict, reason, round(seconds, 2)))
-            left = len(processes_of(directory)) if box.process else 0
-            if left > 2:  # the driver and its host
-                problems.append((name, "left behind", left - 2))
+            if left := [*descendants(driver), *(set(candidates()) - others)]:
+                problems.append((name, "left behind", left))
         assert not problems
         assert box.process.pid == driver, "the driver had to be started again"
         assert box.check(PROBLEM, f"    return '{SECRET}'\n", 5.0) == ("pass", "")
     assert neighbour.poll() is None
     neighbour.kill()
     neighbour.wait()
-    assert not processes_of(directory) and not os.path.exists(directory)
+    assert not os.path.exists(f"/proc/{driver}")
+
+
+def wait_until(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
 
 
 def test_nothing_outlives_a_killed_driver_or_caller():
+    others = set(candidates())
     with Sandbox() as box:
         assert box.check(PROBLEM, f"    return '{SECRET}'\n", 5.0)[0] == "pass"
-        directory, process = box.directory, box.process
-        thread = threading.Thread(target=lambda: box.process and None)
-        thread.start()
-        process.stdin.write(
-            json.dumps({**PROBLEM, "program": PROBLEM["prompt"] + "    while True: pass\n", "timeout": 60}).encode()
-            + b"\n"
-        )
-        process.stdin.flush()
-        time.sleep(0.3)
-        assert len(processes_of(directory)) >= 3
-        process.kill()
-        process.wait()
-        deadline = time.monotonic() + 5
-        while processes_of(directory) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not processes_of(directory)
+        job = {**PROBLEM, "program": PROBLEM["prompt"] + "    while True: pass\n", "timeout": 60, "doors": box.use}
+        box.process.stdin.write(json.dumps(job).encode() + b"\n")
+        box.process.stdin.flush()
+        assert wait_until(lambda: set(candidates()) - others)
+        box.process.kill()
+        box.process.wait()
+        assert wait_until(lambda: not set(candidates()) - others)
         assert box.check(PROBLEM, f"    return '{SECRET}'\n", 5.0)[0] == "pass", "a new driver takes over"
+    # the caller: SIGKILL while a program runs
+    problem = {"prompt": "def f():\n", "entry_point": "f", "test": "def check(f): f()"}
+    source = f"from grading.sandbox import *; print(flush=True); Sandbox().check({problem}, '    while True: pass', 60)"
+    with subprocess.Popen(
+        [sys.executable, "-c", source], cwd=Path(__file__).parents[1], stdout=subprocess.PIPE
+    ) as caller:
+        caller.stdout.readline()
+        assert wait_until(lambda: set(candidates()) - others)
+        left = descendants(caller.pid)
+        caller.kill()
+    assert len(left) == 2 and wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in left))
 
 
-def test_sandbox_error_is_its_own_verdict(monkeypatch):
-    with Sandbox(use=("seccomp", "no such layer")) as box:
+def test_sandbox_error_is_its_own_verdict_and_says_why(monkeypatch, tmp_path):
+    made = set(os.listdir(tempfile.gettempdir()))
+    with Sandbox() as box:
         box.start()
         os.kill(box.process.pid, 9)
         box.process.wait()
-        monkeypatch.setattr(sandbox.sys, "executable", "/nowhere/python")
-        assert box.check(PROBLEM, "    return 1\n", 1.0)[0] == "error"
-    with Sandbox(use=()) as box:
-        verdict, reason = box.check(PROBLEM, "    return 1\n", 1.0)
-        assert verdict == "error" and "seccomp" in reason
+        for path, data, reason in (("missing", None, "No such file"), ("python", "", "Permission denied")):
+            if data is not None:
+                (tmp_path / path).write_text(data)
+            monkeypatch.setattr(sandbox.sys, "executable", str(tmp_path / path))
+            verdict, why = box.check(PROBLEM, "    return 1\n", 1.0)
+            assert verdict == "error" and reason in why and path in why
+        (tmp_path / "broken").write_text("#!/bin/sh\necho no module named x >&2\n")
+        (tmp_path / "broken").chmod(0o755)
+        monkeypatch.setattr(sandbox.sys, "executable", str(tmp_path / "broken"))
+        assert box.check(PROBLEM, "    return 1\n", 1.0) == ("error", "the driver ended: no module named x")
+        layers.cache_clear()
+        with pytest.raises(SandboxError, match="no module named x"):
+            layers()
+    monkeypatch.undo()
+    layers.cache_clear()
+    with Sandbox() as box:
+        for test in ("def chek(candidate):\n    pass\n", "def check(candidate)\n", "import nothing_of_this_name\n"):
+            assert box.check({**PROBLEM, "test": test}, "    return 1\n", 1.0)[0] == "error", test
+    assert "seccomp" in layers()
+    assert not {name for name in set(os.listdir(tempfile.gettempdir())) - made if "sandbox" in name}
+
+
+RIGHT = {  # what honest programs do
+    "asyncio": "    import asyncio\n    async def g():\n        await asyncio.sleep(0.01)\n        return x\n"
+    "    return asyncio.run(g())\n",
+    "threads": "    from concurrent.futures import ThreadPoolExecutor\n    with ThreadPoolExecutor(2) as pool:\n"
+    "        return next(pool.map(lambda y: y, [x]))\n",
+    "printing": "    print('x' * 100000)\n    return x\n",
+    "the library": "    import hashlib, random, decimal, statistics, datetime, heapq, json, re, typing\n"
+    "    datetime.datetime.now().astimezone()\n    return x\n",
+    "an answer that is no literal": "    import numpy\n    return numpy.int64(x)\n",
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_honest_programs_pass(name):
+    problem = {
+        "prompt": "def f(x):\n",
+        "entry_point": "f",
+        "test": "def check(f):\n    print(1)\n    assert f(2) == 2\n",
+    }
+    with Sandbox() as box:
+        assert box.check(problem, RIGHT[name], 20.0) == ("pass", "")
+
+
+def test_long_integers_cross():
+    problem = {"prompt": "def f(x):\n", "entry_point": "f"}
+    problem["test"] = "def check(f):\n    assert f(-10**5000) == 1 - 10**5000\n    assert f(3) == 4\n"
+    with Sandbox() as box:
+        assert box.check(problem, "    return x + 1\n", 5.0) == ("pass", "")
+        assert box.check(problem, "    return x + 2\n", 5.0)[0] == "fail"
 
 
 def test_what_equals_a_literal_officially_crosses():
@@ -372,15 +470,9 @@ def test_what_equals_a_literal_officially_crosses():
         numpy_source = "    import numpy\n    return [numpy.float64(0.5), numpy.int64(3), numpy.bool_(True)]\n"
         test = {**problem, "test": "def check(candidate):\n    assert candidate(1, 2) == [0.5, 3, True]\n"}
         assert box.check(test, numpy_source, 20.0) == ("pass", "")
-        # a file in its own directory is no crime, where it has one in memory
-        if "namespaces" in box.use:
-            source = "    open('note', 'w').write('x')\n    return open('note').read()\n"
-            test = {**problem, "test": "def check(candidate):\n    assert candidate(1, 2) == 'x'\n"}
-            assert box.check(test, source, 5.0) == ("pass", "")
-            assert box.check(test, "    return open('note').read()\n", 5.0)[0] == "fail", "each sample has its own"
     import ast
 
-    value = [1, (2.5, {"a": {1, 2}}), float("-inf"), "x", None, {(1, 2): b"z"}]
+    value = [1, (2.5, {"a": {1, 2}}), float("-inf"), "x", None, {(1, 2): b"z"}, 7**9999]
     assert unpack(ast.literal_eval(repr(pack(value)))) == value
 
 
