@@ -690,9 +690,7 @@ def measure(args: Args, settings: dict, ks: list[int], problems, rows, grades, e
     if args.task != "humaneval":
         votes = {k: [maj_at_k(a, ok, k, args.seed) for a, ok in zip(answers, right)] for k in ks}
         result["maj@k"] = {k: mean_with_interval(votes[k], args.seed) for k in ks}
-        different = [
-            len(set(row[: args.diversity_samples]) - {None}) / len(row[: args.diversity_samples]) for row in answers
-        ]
+        different = [len(set(row) - {None}) / len(row) for row in answers]
         result["diversity"]["distinct_answers"] = float(np.mean(different))
     result["splits"] = {
         group: {"problems": len(members)}

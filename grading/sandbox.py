@@ -14,6 +14,7 @@ the sample.
 """
 
 import ast
+import contextlib
 import json
 import os
 import select
@@ -167,7 +168,8 @@ def end_driver(process):
     process.kill()  # the candidate follows: it dies with its parent
     process.wait()
     for stream in (process.stdin, process.stdout, process.stderr):
-        stream.close()
+        with contextlib.suppress(BrokenPipeError):  # a job that it never read
+            stream.close()
 
 
 class Sandbox:
