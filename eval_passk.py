@@ -14,17 +14,14 @@ drawn: each sample has a key (weights, prompt, settings, problem, index) and a s
     python eval_passk.py --compare runs/eval/dpo/results.json runs/eval/dgpo/results.json --output-dir runs/compared
 """
 
-import gzip
 import hashlib
 import json
 import math
 import os
-import random
 import re
 import textwrap
 import threading
 import time
-import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,18 +50,9 @@ from transformers import (
 
 from preferences import encode, fail
 from grading import sandbox
-from grading.answers import (
-    boxes,
-    cut,
-    find_gsm8k,
-    find_math,
-    grade_gsm8k,
-    grade_math,
-    read_number,
-    vote,
-    without_thought,
-)
-from grading.diversity import distinct, embedding_distance, self_bleu, words
+from grading.answers import cut, find_gsm8k, find_math, grade_gsm8k, grade_math, vote, without_thought
+from grading.metrics import measure, paired_difference, pass_at_k  # noqa: F401 (people import pass_at_k from here)
+from grading.tasks import FORMS, HUB, STOPS, WISHES, digest, load_problems, read_rows
 
 
 @dataclass
@@ -136,171 +124,6 @@ class Args:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # tasks
-
-HUB = {
-    "gsm8k": ("openai/gsm8k", "main"),
-    "math": ("HuggingFaceH4/MATH-500", None),
-    "humaneval": ("openai/openai_humaneval", None),
-}
-LEVELS = {"1": "easy (level 1)", "3": "medium (level 3)", "5": "hard (level 5)"}  # DPL 4.2
-
-# Chain-of-thought examples of Wei et al. (2022), Table 20; the first two also in DPL C.3
-SHOTS = """\
-Q: There are 15 trees in the grove. Grove workers will plant trees in the grove today. After they are done, there will be 21 trees. How many trees did the grove workers plant today?
-A: There are 15 trees originally. Then there were 21 trees after some more were planted. So there must have been 21 - 15 = 6. The answer is 6.
-
-Q: If there are 3 cars in the parking lot and 2 more cars arrive, how many cars are in the parking lot?
-A: There are originally 3 cars. 2 more cars arrive. 3 + 2 = 5. The answer is 5.
-
-Q: Leah had 32 chocolates and her sister had 42. If they ate 35, how many pieces do they have left in total?
-A: Originally, Leah had 32 chocolates. Her sister had 42. So in total they had 32 + 42 = 74. After eating 35, they had 74 - 35 = 39. The answer is 39.
-
-Q: Jason had 20 lollipops. He gave Denny some lollipops. Now Jason has 12 lollipops. How many lollipops did Jason give to Denny?
-A: Jason started with 20 lollipops. Then he had 12 after giving some to Denny. So he gave Denny 20 - 12 = 8. The answer is 8.
-
-Q: Shawn has five toys. For Christmas, he got two toys each from his mom and dad. How many toys does he have now?
-A: Shawn started with 5 toys. If he got 2 toys each from his mom and dad, then that is 4 more toys. 5 + 4 = 9. The answer is 9.
-
-Q: There were nine computers in the server room. Five more computers were installed each day, from monday to thursday. How many computers are now in the server room?
-A: There were originally 9 computers. For each of 4 days, 5 more computers were added. So 5 * 4 = 20 computers were added. 9 + 20 is 29. The answer is 29.
-
-Q: Michael had 58 golf balls. On tuesday, he lost 23 golf balls. On wednesday, he lost 2 more. How many golf balls did he have at the end of wednesday?
-A: Michael started with 58 golf balls. After losing 23 on tuesday, he had 58 - 23 = 35. After losing 2 more, he had 35 - 2 = 33 golf balls. The answer is 33.
-
-Q: Olivia has $23. She bought five bagels for $3 each. How much money does she have left?
-A: Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. So she has 23 - 15 dollars left. 23 - 15 is 8. The answer is 8.
-
-"""  # noqa: E501
-SHOTS_DPL = """\
-As an expert problem solver solve step by step the following mathematical questions. Place your answer after the "####" symbol.
-
-Q: There are 15 trees in the grove. Grove workers will plant trees in the grove today. After they are done, there will be 21 trees. How many trees did the grove workers plant today?
-
-A: We start with 15 trees. Later we have 21 trees. The difference must be the number of trees they planted. So, they must have planted $21 - 15 = 6$ trees. The answer is 6. #### 6
-
-Q: If there are 3 cars in the parking lot and 2 more cars arrive, how many cars are in the parking lot?
-
-A: There are 3 cars in the parking lot already. 2 more arrive. Now there are $3 + 2 = 5$ cars. The answer is 5. #### 5
-
-"""  # noqa: E501
-SHOTS_MATH = r"""Given a mathematics problem, determine the answer. Simplify your answer as much as possible. Output your answer in the format Answer: $\boxed{\text{answer}}$
-
-Problem: Let $f(x)=x^3+3$ and $g(x) = 2x^2 + 2x + 1$. What is $g(f(-2))$?
-
-Answer: We note that $f(-2)=(-2)^3+3=-5$, so $g(f(-2))=g(-5)=2 \cdot (-5)^2 + 2 \cdot (-5) + 1 = 41$. So, $\boxed{41}$
-
-###
-
-Problem: What is the greatest possible value of $x+y$ such that $x^2 + y^2 = 90$ and $xy=27$?
-
-Answer: We have $(x+y)^2 = x^2 + y^2 + 2xy = 90 + 2 \cdot 27 = 144$, so $x+y=12$ or $x+y=-12$. We want the larger value $x+y=\boxed{12}$
-
-###
-
-"""  # noqa: E501
-# What stands around the question in a text prompt, by task and number of examples; the strings that end an answer
-FORMS = {
-    ("gsm8k", 8): (SHOTS + "Q: ", "\nA:"),
-    ("gsm8k", 2): (SHOTS_DPL + "Q: ", "\n\nA:"),
-    ("gsm8k", 0): ("Q: ", "\nA:"),
-    ("math", 8): (SHOTS_MATH + "Problem: ", "\n\nAnswer:"),
-    ("math", 2): (SHOTS_MATH + "Problem: ", "\n\nAnswer:"),
-    ("math", 0): ("Problem: ", "\n\nAnswer:"),
-}
-STOPS = {
-    "gsm8k": ("\nQ:",),
-    "math": ("###", "\nProblem:"),
-    "humaneval": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
-}
-# The same in a chat. HumanEval's answer is begun for the model with the function's head: it writes the body
-WISHES = {
-    "gsm8k": ("", '\n\nSolve this step by step and end with "#### " and the number.'),
-    "math": ("", "\n\nSolve this step by step and put the final answer within \\boxed{}."),
-    "humaneval": ("Complete this function. Answer with one code block.\n\n```python\n", "```"),
-}
-
-
-def digest(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def read_rows(path: str) -> list[dict]:
-    """The rows of a .jsonl or .jsonl.gz file."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as file:
-            lines = file.read().split("\n")
-    except FileNotFoundError:
-        fail(f"{path}: no such file")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        fail(f"{path} cannot be read: {error}")
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except ValueError:
-            fail(f"{path} line {number}: not JSON")
-        if rows and not isinstance(rows[-1], dict):
-            fail(f"{path} line {number}: no object with names and values")
-    return rows or fail(f"{path} is empty")
-
-
-def read_problem(kind: str, row: dict, where: str) -> dict:
-    """id (of the problem itself: models can be compared), question, reference (None: no answer), group, row."""
-
-    def text(*names):
-        found = [row[name] for name in names if isinstance(row.get(name), str) and row[name].strip()]
-        return found[0] if found else fail(f'{where}: "{names[0]}" is missing, empty or no text')
-
-    if kind == "math":
-        question, reference = text("problem"), text("solution", "answer")
-        if not any(content for _, content in boxes(reference)):
-            reference = row.get("answer") or fail(
-                f'{where}: "solution" has no \\boxed{{answer}}, and no "answer" is there'
-            )
-    elif kind == "humaneval":
-        question, reference, name = text("prompt"), text("test"), text("entry_point")
-        if not re.search(rf"^def {re.escape(name)}\b", question, re.MULTILINE):
-            fail(f'{where}: "prompt" does not begin {name}, its "entry_point"')
-        try:
-            compile(f"{question}\n    pass\n{reference}", where, "exec")
-        except (SyntaxError, ValueError) as error:
-            fail(f'{where}: "prompt" and "test" are no Python: {error}')
-        if not re.search(r"^def check\(", reference, re.MULTILINE):
-            fail(f'{where}: "test" defines no check(candidate)')
-    else:
-        question = text("question", "prompt")
-        reference = text("answer") if kind == "gsm8k" or row.get("answer") is not None else None
-        if reference is not None and read_number(reference.rsplit("####", 1)[-1]) is None:
-            fail(f'{where}: "answer" has no number')
-    level = re.search(r"\d", str(row.get("level", "")))
-    group = LEVELS.get(level[0]) if level else f"difficulty {row['difficulty']}" if "difficulty" in row else None
-    return {"id": digest(question, reference), "question": question, "reference": reference, "group": group, "row": row}
-
-
-def load_problems(args: Args) -> list[dict]:
-    """The task's problems, each once, as read_problem gives them; at most --problems where they are to be sampled."""
-    kind = args.task if args.task in HUB else "jsonl"
-    path = args.data or ("" if kind in HUB else args.task)
-    if path:
-        rows = read_rows(path)
-    else:
-        from datasets import load_dataset
-
-        try:
-            rows = list(load_dataset(*HUB[kind], split="test"))
-        except Exception as error:
-            fail(f"{HUB[kind][0]} cannot be loaded ({type(error).__name__}); give a local file with --data")
-    problems = {}
-    for number, row in enumerate(rows, 1):
-        problem = read_problem(kind, row, f"{path or HUB[kind][0]} row {number}")
-        if problems and (problem["reference"] is None) != (next(iter(problems.values()))["reference"] is None):
-            fail(f'{path} row {number}: all rows must have an "answer", or none')
-        problems[problem["id"]] = problem
-    problems = list(problems.values())
-    if args.problems and args.problems < len(problems) and kind != "humaneval" and not args.samples:
-        chosen = sorted(random.Random(args.seed).sample(range(len(problems)), args.problems))
-        problems = [problems[i] for i in chosen]
-    return problems
 
 
 def prompt_texts(args: Args, tokenizer, problems: list[dict]) -> tuple[list[str], tuple[str, ...]]:
@@ -585,142 +408,6 @@ def grade_all(args: Args, problems: list[dict], texts: list[list[str]]) -> list[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# metrics
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """The unbiased estimate of the chance that k samples hold a right one, from n samples with c right ones.
-
-    1 - C(n-c, k) / C(n, k) as a product of the fewer factors: k of (1 - c/i), or c of (1 - k/i).
-    """
-    if not (1 <= k <= n and 0 <= c <= n):
-        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got n={n}, c={c}, k={k}")
-    if c + k > n:
-        return 1.0
-    few, other = (k, c) if k < c else (c, k)
-    return 1.0 - math.prod(1.0 - other / i for i in range(n - few + 1, n + 1))
-
-
-def bootstrap(values, seed: int = 0, draws: int = 4000) -> tuple[float, float]:
-    """95% interval of the mean of one value per problem: percentiles over problems drawn again with replacement."""
-    values = np.asarray(values, dtype=float)
-    rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=(100, len(values)))].mean(1) for _ in range(draws // 100)]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def mean_with_interval(values, seed: int = 0) -> dict:
-    low, high = bootstrap(values, seed)
-    return {"mean": float(np.mean(values)), "low": low, "high": high}
-
-
-def maj_at_k(answers: list[str | None], right: list[bool], k: int, seed: int = 0) -> float:
-    """Chance that the most frequent answer among k samples is right; ties are drawn by lot, no answer has no vote.
-
-    Right answers vote together, however spelled. Exact for k = 1 and k = n, else the mean over random subsets: 200 of
-    them, more where k is small.
-    """
-    if not 1 <= k <= len(answers):
-        raise ValueError(f"maj@k needs 1 <= k <= n, got n={len(answers)}, k={k}")
-    if k == 1:
-        return sum(right) / len(right)
-    labels = ["" if ok else answer for answer, ok in zip(answers, right)]  # no wrong answer is the empty text
-    names = {label: i for i, label in enumerate(dict.fromkeys(["", *(x for x in labels if x is not None)]))}
-    votes = np.zeros((len(labels), len(names)), dtype=np.int64)  # (n, labels)
-    for row, label in enumerate(labels):
-        if label is not None:
-            votes[row, names[label]] = 1
-    order = np.arange(k)[None]  # (subsets, k)
-    if k < len(labels):
-        draws = max(200, 20_000 // k)
-        order = np.random.default_rng(seed).random((draws, len(labels))).argpartition(k - 1, axis=1)[:, :k]
-    totals = votes[order].sum(1)  # (subsets, labels)
-    top = totals.max(1, keepdims=True)
-    winners = (totals == top) & (top > 0)
-    return float((winners[:, 0] / winners.sum(1).clip(min=1)).mean())
-
-
-def diversity(args: Args, settings: dict, rows: list[list[dict]], embed=None) -> dict:
-    """Diversity of the first samples of each problem, averaged over problems; rows[i][j] is sample j of problem i."""
-    rows = [row[: args.diversity_samples] for row in rows]
-    tokens = [[words(r["text"]) for r in row] for row in rows]
-    result = {"samples_per_problem": len(rows[0]), "tokeniser": r"\w+|[^\w\s]", "self_bleu_order": 4}
-    result |= {"entropy": None, "nll_per_token": None}  # samples from elsewhere come without log-probs
-    if "logp" in rows[0][0]:
-        nll = float(np.mean([np.mean([-r["logp"] / max(1, r["tokens"]) for r in row]) for row in rows]))
-        # an entropy only where samples come from the very distribution that scores them
-        plain = all(
-            settings[name] == off for name, off in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("min_p", 0))
-        )
-        result |= {"entropy": nll if plain else None, "nll_per_token": nll}
-        result["mean_tokens"] = float(np.mean([r["tokens"] for row in rows for r in row]))
-    result |= {
-        "self_bleu": float(np.mean([self_bleu(t) for t in tokens])) if len(rows[0]) > 1 else None,
-        "distinct_1": float(np.mean([distinct(t, 1) for t in tokens])),
-        "distinct_2": float(np.mean([distinct(t, 2) for t in tokens])),
-        "mean_words": float(np.mean([len(t) for row in tokens for t in row])),
-    }
-    if embed:
-        distances = [embedding_distance(embed([r["text"] for r in row])) for row in rows]
-        result["embedding_distance"] = float(np.mean(distances))
-    return result
-
-
-def measure(args: Args, settings: dict, ks: list[int], problems, rows, grades, embed=None) -> dict:
-    """Everything about one temperature. rows[i][j] is sample j of problem i, grades[i][j] its (right, answer, how).
-
-    Without answers to grade by, grades is None, and what needs them is left out.
-    """
-    result = {"settings": settings, "n": len(rows[0])}
-    result["ended_by"] = dict(Counter(r["end"] for row in rows for r in row))  # length: cut off
-    result["diversity"] = diversity(args, settings, rows, embed)
-    result["problems"] = [{"id": p["id"], "n": len(row), "group": p["group"]} for p, row in zip(problems, rows)]
-    if grades is None:
-        return result
-    right = [[ok for ok, _, _ in row] for row in grades]
-    answers = [[answer for _, answer, _ in row] for row in grades]
-    groups = defaultdict(list)
-    for i, problem in enumerate(problems):
-        result["problems"][i]["c"] = sum(right[i])
-        if problem["group"] is not None:
-            groups[problem["group"]].append(i)
-    passes = {k: [pass_at_k(len(row), sum(row), k) for row in right] for k in ks}
-    result["pass@k"] = {k: mean_with_interval(passes[k], args.seed) for k in ks}
-    if args.task != "humaneval":
-        votes = {k: [maj_at_k(a, ok, k, args.seed) for a, ok in zip(answers, right)] for k in ks}
-        result["maj@k"] = {k: mean_with_interval(votes[k], args.seed) for k in ks}
-        different = [len(set(row) - {None}) / len(row) for row in answers]
-        result["diversity"]["distinct_answers"] = float(np.mean(different))
-    result["splits"] = {
-        group: {"problems": len(members)}
-        | {"pass@k": {k: mean_with_interval([passes[k][i] for i in members], args.seed) for k in ks}}
-        for group, members in sorted(groups.items())
-    }
-    result["found_by"] = dict(Counter(how for row in grades for _, _, how in row))
-    return result
-
-
-def paired_difference(a: dict, b: dict, k: int, seed: int = 0) -> dict | None:
-    """pass@k of b minus a over the problems of both, at one temperature, with the interval of the paired difference."""
-    counts = [{p["id"]: (p["n"], p["c"]) for p in side["problems"]} for side in (a, b)]
-    shared = sorted(counts[0].keys() & counts[1].keys())
-    if not shared or any(side[i][0] < k for side in counts for i in shared):
-        return None
-    values = [pass_at_k(*counts[1][i], k) - pass_at_k(*counts[0][i], k) for i in shared]
-    return {"problems": len(shared), "k": k} | mean_with_interval(values, seed)
-
-
-def difficulty_groups(path: str) -> dict[str, str]:
-    """problem id -> easy, medium or hard, by n/c: the expected number of samples of a base model (DPL 4.2)."""
-    first, groups = next(iter(read_results(path)["temperatures"].values())), {}
-    for p in first["problems"]:
-        expected = p["n"] / p["c"] if p.get("c") else math.inf
-        groups[p["id"]] = "easy (<= 4)" if expected <= 4 else "medium (to 64)" if expected <= 64 else "hard (> 64)"
-    return groups
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # figures and tables
 
 
@@ -816,18 +503,22 @@ def table(results: dict) -> str:
     return "\n".join(["  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines] + notes)
 
 
-def print_comparison(results: list[dict]) -> None:
-    """Paired differences of each result file to the last one of the list, in points of pass@k."""
-    last = results[-1]
-    for other in results[:-1]:
+def compare(directory: Path, results: list[dict]) -> None:
+    """Paired differences of the other result files to the last one, in points of pass@k, and one figure of all."""
+    if not all("pass@k" in value for result in results for value in result["temperatures"].values()):
+        return  # prompts without answers
+    *others, last = results
+    for other in others:
         for t, mine in last["temperatures"].items():
-            theirs = other["temperatures"].get(t, {}).get("pass@k", {})
-            for k in some_of([int(k) for k in mine.get("pass@k", {}) if k in theirs]):
-                if d := paired_difference(other["temperatures"][t], mine, k):
+            theirs = other["temperatures"].get(t, {"pass@k": {}})
+            for k in some_of([int(k) for k in mine["pass@k"] if k in theirs["pass@k"]]):
+                if d := paired_difference(theirs, mine, k):
                     print(
                         f"T={t} pass@{k}: {last['name']} - {other['name']} = {percent(d, '+')} points on "
                         f"{d['problems']} shared problems{'' if d['low'] <= 0 <= d['high'] else ' *'}"
                     )
+    figure(directory / "passk.png", results)
+    print(f"figure in {directory / 'passk.png'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -859,6 +550,31 @@ def check_args(args: Args) -> None:
             "humaneval runs programs that a model wrote, in processes without files, network or environment "
             "(grading/sandbox.py), on this machine; say --allow-code-execution if that is what you want"
         )
+
+
+def load_task(args: Args) -> tuple[list[dict], list[str]]:
+    """The problems, and the sandbox's layers for HumanEval. What cannot be graded is an error now, not after hours."""
+    every = args.samples or args.task == "humaneval"
+    problems = load_problems(args.task, args.data, 0 if every else args.problems, args.seed)
+    if args.difficulty_from:
+        first, groups = next(iter(read_results(args.difficulty_from)["temperatures"].values())), {}
+        for p in first["problems"]:  # n/c is the expected number of samples of a base model (DPL 4.2)
+            expected = p["n"] / p["c"] if p.get("c") else math.inf
+            groups[p["id"]] = "easy (<= 4)" if expected <= 4 else "medium (to 64)" if expected <= 64 else "hard (> 64)"
+        problems = [p | {"group": groups.get(p["id"])} for p in problems]
+        if not any(p["group"] for p in problems):
+            fail(f"--difficulty-from {args.difficulty_from}: none of its problems is among these")
+    if args.task != "humaneval":
+        return problems, []
+    where = "the sandbox"
+    try:
+        layers = list(sandbox.layers())
+        for row in (p["row"] for p in problems):
+            where = row["entry_point"]
+            run_humaneval(row, "    pass\n", args.timeout)
+    except sandbox.SandboxError as error:
+        fail(f"humaneval cannot be graded here, {where}: {error}")
+    return problems, layers
 
 
 def choose_ks(args: Args, n: int) -> list[int]:
@@ -948,18 +664,6 @@ def draw_samples(args: Args, name: str, problems: list[dict]) -> tuple[Path, dic
     return directory, subject, rows
 
 
-def compare(args: Args, others: list[dict]) -> None:
-    if len(others) < 2:
-        fail("give a --model, or --samples, or two or more results.json files to --compare")
-    directory = Path(args.output_dir or "runs/compared")
-    directory.mkdir(parents=True, exist_ok=True)
-    for result in others:
-        print(f"{result['name']}\n{table(result)}\n")
-    print_comparison(others)
-    figure(directory / "passk.png", others)
-    print(f"figure in {directory / 'passk.png'}")
-
-
 def main(args: Args) -> None:
     check_args(args)
     others = [read_results(path) for path in args.compare]
@@ -967,17 +671,17 @@ def main(args: Args) -> None:
     if len(tasks) > 1:
         fail(f"--compare: these are results on different tasks, {', '.join(sorted(tasks))}")
     if not args.model and not args.samples:
-        return compare(args, others)
+        if len(others) < 2:
+            fail("give a --model, or --samples, or two or more results.json files to --compare")
+        directory = Path(args.output_dir or "runs/compared")
+        directory.mkdir(parents=True, exist_ok=True)
+        for result in others:
+            print(f"{result['name']}\n{table(result)}\n")
+        return compare(directory, others)
 
     # What can fail does so before the sampling.
     ks = [] if args.samples else choose_ks(args, args.n)
-    problems = load_problems(args)
-    graded = problems[0]["reference"] is not None
-    if args.difficulty_from:
-        groups = difficulty_groups(args.difficulty_from)
-        problems = [p | {"group": groups.get(p["id"])} for p in problems]
-        if not any(p["group"] for p in problems):
-            fail(f"--difficulty-from {args.difficulty_from}: none of its problems is among these")
+    problems, layers = load_task(args)
     embed = None
     if args.embedder:
         try:
@@ -985,13 +689,6 @@ def main(args: Args) -> None:
         except ImportError:
             fail("--embedder: it needs sentence-transformers; pip install sentence-transformers")
         embed = SentenceTransformer(args.embedder).encode
-    results = {"model": args.model or args.samples, "task": args.task}
-    if args.task == "humaneval":
-        try:
-            results["sandbox"] = list(sandbox.layers())
-        except sandbox.SandboxError as error:
-            fail(f"no program of a model can be run safely here: {error}")
-
     source = Path(args.model or Path(args.samples).with_suffix(""))  # runs/dgpo/model is called dgpo
     name = args.name or (source.parent.name if source.name == "model" and source.parent.name else source.name)
     if args.samples:
@@ -1003,8 +700,11 @@ def main(args: Args) -> None:
         directory, subject, runs = drawn
     else:
         return
-    results |= {"name": name, "subject": subject, "temperatures": {}}
+    results = {"name": name, "model": args.model or args.samples, "task": args.task, "subject": subject}
+    results |= {"sandbox": layers} if layers else {}
+    results["temperatures"] = {}
     for settings, rows in runs:
+        graded = problems[0]["reference"] is not None
         grades = grade_all(args, problems, [[r["text"] for r in row] for row in rows]) if graded else None
         value = measure(args, settings, ks, problems, rows, grades, embed)
         results["temperatures"][f"{settings['temperature']:g}"] = value
@@ -1013,12 +713,8 @@ def main(args: Args) -> None:
     temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False))
     os.replace(temporary, path)
     results = json.loads(path.read_text())  # as a reader sees it, with text for keys
-    print(table(results))
-    print(f"numbers in {path}")
-    if graded:
-        print_comparison([*others, results])
-        figure(directory / "passk.png", [*others, results])
-        print(f"figure in {directory / 'passk.png'}")
+    print(f"{table(results)}\nnumbers in {path}")
+    compare(directory, [*others, results])
 
 
 if __name__ == "__main__":

@@ -98,19 +98,21 @@ def judge(job, process, phase):
     def proxy(*args, **kwargs):
         return ask(pack((args, kwargs)), "return")[0]
 
+    space = {"__name__": "check"}
+    exec(job["prompt"] + "\n    pass\n", space)  # the data set's own helpers (poly, encode_shift), never the model's
+    if job["entry_point"] not in space:
+        raise SandboxError(f"the prompt does not begin {job['entry_point']}")
+    space[job["entry_point"]] = proxy
+    exec(job["test"], space)
+    if "check" not in space:
+        raise SandboxError("the test defines no check")
     packages = [path for path in sys.path if path.endswith("-packages")]
     ask((job["timeout"], job["doors"], packages, job["program"], job["entry_point"]), "ready")
     signal.setitimer(signal.ITIMER_REAL, job["timeout"], 0.5)  # repeated: a test's bare `except` may eat one
     phase[0] = "define"
     expect("defined")
-    phase[0] = "test"
-    space = {"__name__": "check"}
-    exec(job["prompt"] + "\n    pass\n", space)  # the data set's own helpers (poly, encode_shift), never the model's
-    space[job["entry_point"]] = proxy
-    exec(job["test"], space)
-    check = space["check"]
     phase[0] = "check"
-    check(proxy)
+    space["check"](proxy)
 
 
 def run_job(job):
@@ -210,8 +212,9 @@ class Sandbox:
             if self.process is None or self.process.poll() is not None:
                 self.close()
                 self.start()
-            self.process.stdin.write(data)
-            self.process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # read_line says why it ended
+                self.process.stdin.write(data)
+                self.process.stdin.flush()
             verdict = json.loads(self.read_line(timeout + 20.0))
         except (OSError, SandboxError) as error:
             verdict = ("error", str(error))

@@ -13,11 +13,13 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import eval_passk  # noqa: E402
-from eval_passk import (  # noqa: E402
+from grading.metrics import (  # noqa: E402
     bootstrap,
     distinct,
+    diversity,
     embedding_distance,
     maj_at_k,
+    measure,
     paired_difference,
     pass_at_k,
     self_bleu,
@@ -113,12 +115,8 @@ def test_maj_at_k():
         expected.append(1.0 if sevens > eights else 0.5 if sevens == eights > 0 else 0.0)
     assert abs(maj_at_k(answers, right, 3) - np.mean(expected)) < 0.02
     assert maj_at_k(answers, right, 1) == 0.5, "one vote is pass@1, exactly"
-    two = np.mean(
-        [
-            maj_at_k([answers[i] for i in pair], [right[i] for i in pair], 2)
-            for pair in itertools.combinations(range(6), 2)
-        ]
-    )
+    pairs = list(itertools.combinations(range(6), 2))
+    two = np.mean([maj_at_k([answers[i] for i in pair], [right[i] for i in pair], 2) for pair in pairs])
     assert abs(maj_at_k(answers, right, 2) - two) < 0.015
     with pytest.raises(ValueError):
         maj_at_k(answers, right, 7)
@@ -184,7 +182,7 @@ def test_entropy_and_splits():
     problems = [{"id": "a", "group": "easy"}, {"id": "b", "group": None}]
     grades = [[(True, "1", "marker"), (False, "2", "last number")], [(False, None, "none"), (False, None, "none")]]
     embed = lambda texts: np.eye(2)  # noqa: E731
-    result = eval_passk.measure(args, settings, [1, 2], problems, rows, grades, embed)
+    result = measure(args, settings, [1, 2], problems, rows, grades, embed)
     assert result["diversity"]["entropy"] == 2.0 and result["diversity"]["embedding_distance"] == 0.5
     assert result["diversity"]["distinct_answers"] == 0.5  # (2/2 + 0/2) / 2
     assert result["pass@k"][1]["mean"] == 0.25 and result["pass@k"][2]["mean"] == 0.5
@@ -192,7 +190,7 @@ def test_entropy_and_splits():
     assert result["found_by"] == {"marker": 1, "last number": 1, "none": 2}
     assert result["ended_by"] == {"eos": 2, "length": 1, "stop": 1}
     for change in ({"temperature": 0.5}, {"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}):
-        assert eval_passk.diversity(args, settings | change, rows)["entropy"] is None
-    without = eval_passk.measure(args, settings, [], problems, rows, None)  # a task without answers
+        assert diversity(args, settings | change, rows)["entropy"] is None
+    without = measure(args, settings, [], problems, rows, None)  # a task without answers
     assert without["diversity"]["entropy"] == 2.0 and without["ended_by"] == result["ended_by"]
     assert not {"pass@k", "maj@k", "splits", "found_by"} & set(without)

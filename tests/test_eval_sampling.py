@@ -350,9 +350,9 @@ def test_user_errors_are_one_clear_line(tiny, tmp_path):
         ({"task": at["no.jsonl.gz"]}, "cannot be read"),
         ({"task": "math", "data": at["math.jsonl"]}, 'row 1: "solution" has no'),
         ({"task": "math", "data": at["math_empty.jsonl"]}, 'row 1: "solution" has no'),
-        (run | {"data": at["check.jsonl"]}, 'row 1: "test" defines no check'),
-        (run | {"data": at["name.jsonl"]}, 'row 1: "prompt" does not begin g'),
-        (run | {"data": at["syntax.jsonl"]}, "are no Python"),
+        (run | {"data": at["check.jsonl"]}, "f: SandboxError: the test defines no check"),
+        (run | {"data": at["name.jsonl"]}, "g: SandboxError: the prompt does not begin g"),
+        (run | {"data": at["syntax.jsonl"]}, "f: SyntaxError"),
         ({"n": 4, "ks": (8,)}, "cannot be estimated"),
         ({"temperatures": (-1.0,)}, "--temperatures"),
         ({"temperatures": (float("nan"),)}, "--temperatures"),
@@ -377,6 +377,7 @@ def test_user_errors_are_one_clear_line(tiny, tmp_path):
     ):
         with pytest.raises(SystemExit) as error:
             eval_passk.main(Args(**(tiny_args | changes)))
+            pytest.fail(f"no error for {changes}")
         assert str(error.value).startswith("error: ") and message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out" / "samples.jsonl").exists()
 

@@ -1,0 +1,189 @@
+"""Numbers from samples: pass@k, majority votes and their intervals; how different the samples of one prompt are."""
+
+import math
+import re
+from collections import Counter, defaultdict
+
+import numpy as np
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """The unbiased estimate of the chance that k samples hold a right one, from n samples with c right ones.
+
+    1 - C(n-c, k) / C(n, k) as a product of the fewer factors: k of (1 - c/i), or c of (1 - k/i).
+    """
+    if not (1 <= k <= n and 0 <= c <= n):
+        raise ValueError(f"pass@k needs 1 <= k <= n and 0 <= c <= n, got n={n}, c={c}, k={k}")
+    if c + k > n:
+        return 1.0
+    few, other = (k, c) if k < c else (c, k)
+    return 1.0 - math.prod(1.0 - other / i for i in range(n - few + 1, n + 1))
+
+
+def bootstrap(values, seed: int = 0, draws: int = 4000) -> tuple[float, float]:
+    """95% interval of the mean of one value per problem: percentiles over problems drawn again with replacement."""
+    values = np.asarray(values, dtype=float)
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=(100, len(values)))].mean(1) for _ in range(draws // 100)]
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def mean_with_interval(values, seed: int = 0) -> dict:
+    low, high = bootstrap(values, seed)
+    return {"mean": float(np.mean(values)), "low": low, "high": high}
+
+
+def maj_at_k(answers: list[str | None], right: list[bool], k: int, seed: int = 0) -> float:
+    """Chance that the most frequent answer among k samples is right; ties are drawn by lot, no answer has no vote.
+
+    Right answers vote together, however spelled. Exact for k = 1 and k = n, else the mean over random subsets: 200 of
+    them, more where k is small.
+    """
+    if not 1 <= k <= len(answers):
+        raise ValueError(f"maj@k needs 1 <= k <= n, got n={len(answers)}, k={k}")
+    if k == 1:
+        return sum(right) / len(right)
+    labels = ["" if ok else answer for answer, ok in zip(answers, right)]  # no wrong answer is the empty text
+    names = {label: i for i, label in enumerate(dict.fromkeys(["", *(x for x in labels if x is not None)]))}
+    votes = np.zeros((len(labels), len(names)), dtype=np.int64)  # (n, labels)
+    for row, label in enumerate(labels):
+        if label is not None:
+            votes[row, names[label]] = 1
+    order = np.arange(k)[None]  # (subsets, k)
+    if k < len(labels):
+        draws = max(200, 20_000 // k)
+        order = np.random.default_rng(seed).random((draws, len(labels))).argpartition(k - 1, axis=1)[:, :k]
+    totals = votes[order].sum(1)  # (subsets, labels)
+    top = totals.max(1, keepdims=True)
+    winners = (totals == top) & (top > 0)
+    return float((winners[:, 0] / winners.sum(1).clip(min=1)).mean())
+
+
+def words(text: str) -> list[str]:
+    """The tokens of Self-BLEU and Distinct: runs of letters and digits, and each other sign alone."""
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def ngrams(tokens: list[str], order: int) -> Counter:
+    return Counter(zip(*(tokens[i:] for i in range(order))))
+
+
+def self_bleu(responses: list[list[str]], order: int = 4) -> float:
+    """Mean BLEU of each response against all others (Zhu et al. 2018), uniform weights, smoothing method 1 (0.1).
+
+    BLEU clips each n-gram at its largest count in one reference. The two largest counts over all responses give that
+    for each response: the largest, or where the response itself holds it, the second.
+    """
+    if len(responses) < 2:
+        return math.nan
+    logs = np.zeros(len(responses))
+    silent = np.zeros(len(responses), dtype=bool)  # no word in common with any other: 0, as in nltk
+    for size in range(1, order + 1):
+        counts = [ngrams(response, size) for response in responses]
+        first, second = {}, {}  # n-gram -> largest count and its owner, second largest count
+        for owner, count in enumerate(counts):
+            for gram, times in count.items():
+                best = first.get(gram, (0, -1))
+                if times > best[0]:
+                    first[gram], second[gram] = (times, owner), best[0]
+                elif times > second.get(gram, 0):
+                    second[gram] = times
+        for owner, count in enumerate(counts):
+            hits = 0
+            for gram, times in count.items():
+                most, whose = first[gram]
+                hits += min(times, second[gram] if whose == owner else most)
+            silent[owner] |= size == 1 and hits == 0
+            logs[owner] += math.log((hits or 0.1) / max(1, sum(count.values()))) / order
+    lengths = [len(response) for response in responses]
+    spread = Counter(lengths)
+    for owner, length in enumerate(lengths):
+        others = [other for other, times in spread.items() if times > (other == length)]
+        closest = min(others, key=lambda other: (abs(other - length), other))
+        if length <= closest and length:
+            logs[owner] += min(0.0, 1 - closest / length)
+    return float(np.where(silent, 0.0, np.exp(logs)).mean())
+
+
+def distinct(responses: list[list[str]], order: int) -> float:
+    """Share of different n-grams among all n-grams of a prompt's responses, pooled (Li et al. 2016)."""
+    pooled = sum((ngrams(response, order) for response in responses), Counter())
+    return len(pooled) / pooled.total() if pooled else 0.0
+
+
+def embedding_distance(vectors) -> float:
+    """1 - |mean of the unit vectors|^2: the mean cosine distance of all pairs, i = j included (DPL Eq. 44)."""
+    vectors = np.asarray(vectors, dtype=float)
+    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return float(1 - np.square(vectors.mean(0)).sum())
+
+
+def diversity(args, settings: dict, rows: list[list[dict]], embed=None) -> dict:
+    """Diversity of the first samples of each problem, averaged over problems; rows[i][j] is sample j of problem i."""
+    rows = [row[: args.diversity_samples] for row in rows]
+    tokens = [[words(r["text"]) for r in row] for row in rows]
+    result = {"samples_per_problem": len(rows[0]), "tokeniser": r"\w+|[^\w\s]", "self_bleu_order": 4}
+    result |= {"entropy": None, "nll_per_token": None}  # samples from elsewhere come without log-probs
+    if "logp" in rows[0][0]:
+        nll = float(np.mean([np.mean([-r["logp"] / max(1, r["tokens"]) for r in row]) for row in rows]))
+        # an entropy only where samples come from the very distribution that scores them
+        plain = all(
+            settings[name] == off for name, off in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("min_p", 0))
+        )
+        result |= {"entropy": nll if plain else None, "nll_per_token": nll}
+        result["mean_tokens"] = float(np.mean([r["tokens"] for row in rows for r in row]))
+    result |= {
+        "self_bleu": float(np.mean([self_bleu(t) for t in tokens])) if len(rows[0]) > 1 else None,
+        "distinct_1": float(np.mean([distinct(t, 1) for t in tokens])),
+        "distinct_2": float(np.mean([distinct(t, 2) for t in tokens])),
+        "mean_words": float(np.mean([len(t) for row in tokens for t in row])),
+    }
+    if embed:
+        distances = [embedding_distance(embed([r["text"] for r in row])) for row in rows]
+        result["embedding_distance"] = float(np.mean(distances))
+    return result
+
+
+def measure(args, settings: dict, ks: list[int], problems, rows, grades, embed=None) -> dict:
+    """Everything about one temperature. rows[i][j] is sample j of problem i, grades[i][j] its (right, answer, how).
+
+    Without answers to grade by, grades is None, and what needs them is left out.
+    """
+    result = {"settings": settings, "n": len(rows[0])}
+    result["ended_by"] = dict(Counter(r["end"] for row in rows for r in row))  # length: cut off
+    result["diversity"] = diversity(args, settings, rows, embed)
+    result["problems"] = [{"id": p["id"], "n": len(row), "group": p["group"]} for p, row in zip(problems, rows)]
+    if grades is None:
+        return result
+    right = [[ok for ok, _, _ in row] for row in grades]
+    answers = [[answer for _, answer, _ in row] for row in grades]
+    groups = defaultdict(list)
+    for i, problem in enumerate(problems):
+        result["problems"][i]["c"] = sum(right[i])
+        if problem["group"] is not None:
+            groups[problem["group"]].append(i)
+    passes = {k: [pass_at_k(len(row), sum(row), k) for row in right] for k in ks}
+    result["pass@k"] = {k: mean_with_interval(passes[k], args.seed) for k in ks}
+    if args.task != "humaneval":
+        votes = {k: [maj_at_k(a, ok, k, args.seed) for a, ok in zip(answers, right)] for k in ks}
+        result["maj@k"] = {k: mean_with_interval(votes[k], args.seed) for k in ks}
+        different = [len(set(row) - {None}) / len(row) for row in answers]
+        result["diversity"]["distinct_answers"] = float(np.mean(different))
+    result["splits"] = {
+        group: {"problems": len(members)}
+        | {"pass@k": {k: mean_with_interval([passes[k][i] for i in members], args.seed) for k in ks}}
+        for group, members in sorted(groups.items())
+    }
+    result["found_by"] = dict(Counter(how for row in grades for _, _, how in row))
+    return result
+
+
+def paired_difference(a: dict, b: dict, k: int, seed: int = 0) -> dict | None:
+    """pass@k of b minus a over the problems of both, at one temperature, with the interval of the paired difference."""
+    counts = [{p["id"]: (p["n"], p["c"]) for p in side["problems"]} for side in (a, b)]
+    shared = sorted(counts[0].keys() & counts[1].keys())
+    if not shared or any(side[i][0] < k for side in counts for i in shared):
+        return None
+    values = [pass_at_k(*counts[1][i], k) - pass_at_k(*counts[0][i], k) for i in shared]
+    return {"problems": len(shared), "k": k} | mean_with_interval(values, seed)
