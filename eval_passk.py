@@ -36,17 +36,8 @@ import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessorList, StopStringCriteria
+from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from preferences import encode, fail
 from grading import sandbox
@@ -527,24 +518,25 @@ def compare(directory: Path, results: list[dict]) -> None:
 
 def check_args(args: Args) -> None:
     """Refuses what cannot work before anything is loaded."""
-    if args.task not in HUB and not args.task.endswith((".jsonl", ".jsonl.gz")):
-        fail(f"--task {args.task}: not gsm8k, math or humaneval, nor a .jsonl file")
-    if min(args.n, args.max_new_tokens, args.diversity_samples, args.tokens_per_device) < 1:
-        fail("--n, --max-new-tokens, --diversity-samples and --tokens-per-device must be at least 1")
-    if args.problems < 0 or args.seed < 0:
-        fail("--problems must be 0 (all) or more, --seed 0 or more")
-    if not args.temperatures or not all(0 <= t < math.inf for t in args.temperatures):
-        fail("--temperatures needs numbers that are 0 or more")
-    if not 0 < args.top_p <= 1 or not 0 <= args.min_p < 1 or args.top_k < 0:
-        fail("--top-p must be in (0, 1], --min-p in [0, 1), --top-k 0 or more")
-    if not 0 < args.timeout < math.inf:
-        fail("--timeout must be a number of seconds above 0")
-    if "" in args.stop:
-        fail("--stop: the empty text would end every completion at its beginning")
-    if args.samples and (args.model or len(args.temperatures) != 1):
-        fail(
-            "--samples takes the place of --model, and needs the one temperature they were drawn at: --temperatures 0.7"
-        )
+    counts = (args.n, args.max_new_tokens, args.diversity_samples, args.tokens_per_device)
+    one = len(args.temperatures) == 1
+    for right, message in (
+        (
+            args.task in HUB or args.task.endswith((".jsonl", ".jsonl.gz")),
+            "--task: gsm8k, math, humaneval or a .jsonl file",
+        ),
+        (min(counts) > 0, "--n, --max-new-tokens, --diversity-samples and --tokens-per-device must be at least 1"),
+        (args.problems >= 0 and args.seed >= 0, "--problems must be 0 (all) or more, --seed 0 or more"),
+        (args.temperatures and all(0 <= t < math.inf for t in args.temperatures), "--temperatures must be 0 or more"),
+        (0 < args.top_p <= 1, "--top-p must be above 0 and at most 1"),
+        (0 <= args.min_p < 1 and args.top_k >= 0, "--min-p must be at least 0 and below 1, --top-k 0 or more"),
+        (0 < args.timeout < math.inf, "--timeout must be a number of seconds above 0"),
+        ("" not in args.stop, "--stop: the empty text would end every completion at its beginning"),
+        (not args.samples or not args.model, "--samples takes the place of --model; give one of them"),
+        (not args.samples or one, "--samples: say the one temperature they were drawn at, as in --temperatures 0.7"),
+    ):
+        if not right:
+            fail(message)
     if args.task == "humaneval" and not args.allow_code_execution and (args.model or args.samples):
         fail(
             "humaneval runs programs that a model wrote, in processes without files, network or environment "

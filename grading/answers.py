@@ -134,12 +134,10 @@ def find_gsm8k(completion: str) -> tuple[Fraction | None, str]:
         values.append((match.start(), marked(match[1], not text[match.end() :].strip())))
     if values := [pair for pair in values if pair[1] is not None]:
         return max(values)[1], "marker"
-    phrases = [text[match.end() :].lstrip() for match in PHRASE.finditer(text)]
-    for rest in reversed(phrases):
-        if (value := result(re.split(r"\n|\.\s", rest, maxsplit=1)[0])) is not None:
+    for match in reversed(list(PHRASE.finditer(text))):
+        sentence = re.split(r"\n|\.\s", text[match.end() :].lstrip(), maxsplit=1)[0]
+        if (value := result(sentence)) is not None:
             return value, "phrase"
-    if phrases and (value := read_number(phrases[-1])) is not None:
-        return value, "phrase"
     value = read_number(text, last=True)
     return value, "none" if value is None else "last number"
 
@@ -199,6 +197,10 @@ def spelling(answer: str) -> str:
     if re.search(TRIG, s):  # sin 32 degrees is no sin 32
         s = re.sub(rf"(\d+(?:\.\d+)?|\([^()]*\)){degree}", r"{(\\frac{\1 \\pi}{180})}", s)
     s = re.sub(degree, "", s)
+    if quoted := re.fullmatch(rf"{TEXT}\{{\s*([-.\d][^{{}}]*)\}}", s):  # the number with its unit in one \text
+        s = quoted[1]
+    s = re.sub(rf"^{TEXT}\{{[^{{}}]*\}}\s*(?=-?\s*(?:\d|\\[dt]?frac|\\sqrt))", "", s)  # "The answer is" in front of one
+    s = re.sub(r"(?<![\w)}/.])(\d+)\s*/\s*(\d+)(?=\s*[a-z(])", r"\\frac{\1}{\2}", s)  # 1/2 x is half of x
     s = re.sub(rf",?\s*(?:{TEXT}\{{\s*(?:and|or)\s*\}}|\b(?:and|or)\b)\s*", ",", s)
     if re.match(r"[^a-zA-Z]*(?:\\(?:d|t|c)?frac|\\sqrt|\d)", s) or "=" in s:
         s = re.sub(rf"(?<=[\d}}\)a-z])\s*{UNIT}(?:\s*\^\s*\{{?\d\}}?)?\s*$", "", s)

@@ -205,6 +205,7 @@ EQUAL = [
     ("81", "81\\text{ teachers}"), ("90\\text{ square\nunits}", "90"), ("2\\sqrt{3}\\text { sq inches}", "2\\sqrt3"),
     ("\\frac{270}7\\text{ degrees}", "\\frac{270}{7}"), ("5 \\operatorname{cm}^2", "5"), ("x = 5\\text{ cm}", "5"),
     ("5 \\rm cm", "5"), ("5\\,", "5"), ("1920\\text{ ways.}", "1920"), ("\\text{4:30 p.m.}", "4:30 \\text{ PM}"),
+    ("\\text{12 ways}", "12"), ("\\text{The answer is } 5", "5"), ("1/2 x", "\\frac{x}{2}"),
     # lists and equations
     ("x = 1 \\text{ or } x = 2", "1,2"), ("7, -2, \\text{ and } -5", "-5,-2,7"), ("1 \\text{ or } 2", "2, 1"),
     ("a_n = 2n", "2n"), ("y = x + 3", "y=x+3"), ("\\text{B, A}", "A, B"),

@@ -336,7 +336,7 @@ def test_user_errors_are_one_clear_line(tiny, tmp_path):
     run, given = {"task": "humaneval", "allow_code_execution": True}, {"model": "", "temperatures": (1.0,)}
     for changes, message in (
         ({"task": "humaneval"}, "--allow-code-execution"),
-        ({"task": "gsm9k"}, "not gsm8k"),
+        ({"task": "gsm9k"}, "--task: gsm8k, math"),
         ({"task": str(tmp_path / "none.jsonl")}, "no such file"),
         ({"task": at["blank.jsonl"]}, 'row 1: "question" is missing, empty or no text'),
         ({"task": at["words.jsonl"]}, "has no number"),
