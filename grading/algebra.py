@@ -7,6 +7,7 @@ reads numbers through `parse_expr`, which would be that, so it is replaced, and 
 
 import json
 import logging
+import os
 import resource
 import signal
 import sys
@@ -67,6 +68,7 @@ def main():
     equal(r"\frac{\sqrt{3}}{2}+x^2", r"[1,2)\cup\{3\}")  # imports what sympy imports late, before the door is shut
     sys.addaudithook(refuse_eval)
     print("ready", flush=True)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads the parser's complaints
     for line in sys.stdin:
         signal.alarm(60)  # without a handler it ends the process, should nobody be left to do so
         question = json.loads(line)
@@ -74,6 +76,7 @@ def main():
             answer = equal(*question) if len(question) == 2 else name(*question)
         except BaseException:  # whatever sympy trips over is not an equal answer
             answer = False
+        signal.alarm(0)
         print(json.dumps(answer), flush=True)
 
 

@@ -4,6 +4,7 @@ grade_gsm8k("... so it is 18.00 dollars.", "... #### 18")           True: number
 grade_math("... \\boxed{\\sqrt{12}}", "... \\boxed{2\\sqrt3}")      True: math-verify's algebra, in algebra.py
 """
 
+import contextlib
 import json
 import re
 import select
@@ -24,8 +25,12 @@ THOUGHT = re.compile(
     r"\A.*(?:</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>final<\|message\|>)",  # begun before it
     re.DOTALL,
 )
-NEXT = re.compile(r"\n\s*(?:Q:|Q\.\s|Human:|User:|#+ ?Instruction|\[INST\])|<\|(?!channel|message)[a-z_]{2,}\|>|</s>")
-PERHAPS_NEXT = re.compile(r"\n\s*(?:(?:#+ *)?\**(?:Question|Problem)\**:|#+\s*\n)")  # or the question, said again
+NEXT = re.compile(
+    r"\n[^\S\n]*(?:Q:|Q\.\s|Human:|User:|#+ ?Instruction|\[INST\])|<\|(?!channel|message)[a-z_]{2,}\|>|</s>"
+)
+PERHAPS_NEXT = re.compile(
+    r"\n[^\S\n]*(?:(?:#+ *)?\**(?:Question|Problem)\**:|#+[^\S\n]*\n)"
+)  # or the question, said again
 PHRASE = re.compile(
     r"\banswer(?: to [^.\n:=]{1,60}?)?[*_]*\s*(?:\bis\b|\bwas\b|(?:would|will|should) be\b|:|=)[*_]*\s*:?"
     r"(?! *(?:in)?correct\b| *(?:right|wrong)\b)|"
@@ -47,10 +52,12 @@ def own_part(completion: str) -> str:
     text = without_thought(completion).lstrip()
     if match := NEXT.search(text, 1):
         text = text[: match.start()]
+    stated = [match.start() for match in STATED.finditer(text)]
+    number = re.search(r"\d|\Z", text).start()
     for match in PERHAPS_NEXT.finditer(text, 1):
-        before, behind = text[: match.start()], text[match.end() :]
-        if STATED.search(before) or (re.search(r"\d", before) and not STATED.search(behind)):
-            return before
+        at = match.start()
+        if (stated and stated[0] < at) or (not stated and number < at):
+            return text[:at]
     return text
 
 
@@ -84,7 +91,7 @@ SPACE = r"[ \u00a0\u2009\u202f]"
 # A sign only where no digit or bracket stands before it ("10-3"), groups of three, mixed numbers, fractions, exponents
 NUMBER = re.compile(
     r"(?<![\w.,^])(?<!\^\{)(?P<sign>(?:(?<![\d)])(?<![\d)]\s)[-+−–])?)\s?"
-    r"(?:[$€£¥₹]|\\\$|USD\s?|Rs\.?\s?)*\s?(?P<neg>[-−]?)"
+    r"(?:[$€£¥₹]|\\\$|USD\s?|Rs\.?\s?){0,3}\s?(?P<neg>[-−]?)"
     rf"(?P<number>(?:\d{{1,3}}(?:(?:,|\{{,\}}|\\,|\\!|{SPACE})+\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
     rf"(?P<power>[eE][-+]?\d{{1,2}}(?![\w.]))?(?:(?:{SPACE}(?P<top>\d+))?\s?/\s?(?P<below>\d+)(?![\d/]))?"
 )
@@ -178,7 +185,17 @@ def find_math(completion: str) -> tuple[str | None, str]:
 SIGNS = {"−": "-", "–": "-", "∞": r"\infty ", "π": r"\pi ", "θ": r"\theta ", "×": r"\times ", "·": r"\cdot ", "÷": "/"}
 SIGNS |= {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
 SIGNS |= {"∅": r"\emptyset ", "\\varnothing": r"\emptyset ", "°": r"^\circ ", "²": "^2", "³": "^3", "½": r"\frac12 "}
-SIGNS |= {"\\{": r"\lbrace ", "\\}": r"\rbrace ", "\\$": "", "$": "", "\\%": "", "%": "", "**": "", "\n": " ", "~": " "}
+SIGNS |= {
+    "\\{": r"\lbrace ",
+    "\\}": r"\rbrace ",
+    "\\$": "",
+    "$": "",
+    "\\%": "",
+    "%": "",
+    "**": "^",
+    "\n": " ",
+    "~": " ",
+}
 SIGN = re.compile("|".join(map(re.escape, sorted(SIGNS, key=len, reverse=True))))
 TEXT = r"\\(?:text|mbox|mathrm|textrm|textbf|textit|mathbf|textnormal|operatorname)\s*"
 FACTOR = r"(?:hundred|thousand|million|billion|trillion|dozen|[apAP]\.?\s?[mM]\b)"  # no units: they change the value
@@ -188,7 +205,8 @@ TRIG = r"\\(?:sin|cos|tan|cot|sec|csc)(?![a-z])"
 
 def spelling(answer: str) -> str:
     """An answer without what carries no value (dollars, percent, units, spaces, sizes), in LaTeX."""
-    s = SIGN.sub(lambda m: SIGNS[m[0]], re.sub(r"\\[()\[\]]", "", answer))
+    s = SIGN.sub(lambda m: SIGNS[m[0]], re.sub(r"(?<!\\)\\[()\[\]]", "", answer).strip("* "))
+    s = re.sub(r"\\\\\s*\[[^\]]*\]", r"\\\\ ", s)  # the height of a matrix's row
     s = re.sub(r"(?:√|\\sqrt)\s*\(([^()]*)\)|√\s*(\d+|\w)", r"\\sqrt{\1\2}", s)
     s = re.sub(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|q?quad)(?![a-zA-Z])", " ", s)
     s = re.sub(r"(?<=\d)(?:\s*,?\\[!,]\s*|\{,\})(?=\d{3}(?!\d))", "", s)
@@ -218,22 +236,25 @@ _worker = None
 def algebra(*question: str, seconds: float = 5.0) -> bool | str:
     """What algebra.py answers, from a process that is killed when it takes too long: no alarm stops 9^{9^{9^9}}."""
     global _worker
-    if max(map(len, question)) > 500:  # no answer of MATH is longer than 200 characters
-        return False
-    if _worker is None or _worker.poll() is not None:
-        command = [sys.executable, "-I", str(Path(__file__).with_name("algebra.py"))]
-        _worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if _worker.stdout.readline() != b"ready\n":
-            lines = _worker.stderr.read().decode(errors="replace").split("\n")
-            fail(f"grading MATH needs math-verify (pip install -r requirements.txt): {' '.join(lines[-2:])}")
-    _worker.stdin.write(json.dumps(question).encode() + b"\n")
-    _worker.stdin.flush()
-    answer = _worker.stdout.readline() if select.select([_worker.stdout], [], [], seconds)[0] else b""
-    if not answer:  # out of time or out of memory
+    for _ in range(2):  # again where the process ended by itself, before the question or over it
+        if _worker is None:
+            command = [sys.executable, "-I", str(Path(__file__).with_name("algebra.py"))]
+            _worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            if _worker.stdout.readline() != b"ready\n":
+                reason = _worker.stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
+                fail(f"grading MATH needs math-verify (pip install -r requirements.txt): {reason}")
+        with contextlib.suppress(BrokenPipeError):
+            _worker.stdin.write(json.dumps(question).encode() + b"\n")
+            _worker.stdin.flush()
+        in_time = bool(select.select([_worker.stdout], [], [], seconds)[0])
+        if in_time and (answer := _worker.stdout.readline()):
+            return json.loads(answer)
         _worker.kill()
         _worker.wait()
         _worker = None
-    return json.loads(answer or "false")
+        if not in_time:
+            break
+    return False
 
 
 def in_words(answer: str, s: str) -> bool:
@@ -249,7 +270,7 @@ def parts(s: str) -> list[str]:
 def equal_math(found: str, expected: str) -> bool:
     """Whether two LaTeX answers are the same; `found` may leave out a tuple's brackets or an "x =", as readers do."""
     f, e = spelling(found), spelling(expected)
-    if not f or not e:
+    if not f or not e or max(len(f), len(e)) > 500:  # no answer of MATH is longer than 200 characters
         return False
     if in_words(found, f) or in_words(expected, e):
         return parts(f) == parts(e)
@@ -279,5 +300,5 @@ def grade_math(completion: str, reference: str) -> bool:
 
 def vote(answer: str) -> str:
     """A name that equal answers to a MATH problem share: 0.5 and \\frac12 vote together."""
-    s = spelling(answer)
+    s = spelling(answer[:500])
     return ",".join(parts(s)) if in_words(answer, s) else algebra(s) or s

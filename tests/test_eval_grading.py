@@ -205,7 +205,9 @@ EQUAL = [
     ("81", "81\\text{ teachers}"), ("90\\text{ square\nunits}", "90"), ("2\\sqrt{3}\\text { sq inches}", "2\\sqrt3"),
     ("\\frac{270}7\\text{ degrees}", "\\frac{270}{7}"), ("5 \\operatorname{cm}^2", "5"), ("x = 5\\text{ cm}", "5"),
     ("5 \\rm cm", "5"), ("5\\,", "5"), ("1920\\text{ ways.}", "1920"), ("\\text{4:30 p.m.}", "4:30 \\text{ PM}"),
-    ("\\text{12 ways}", "12"), ("\\text{The answer is } 5", "5"), ("1/2 x", "\\frac{x}{2}"),
+    ("\\text{12 ways}", "12"), ("2**3", "8"),
+    ("\\begin{pmatrix}1\\\\[4pt]2\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+    ("\\text{The answer is } 5", "5"), ("1/2 x", "\\frac{x}{2}"),
     # lists and equations
     ("x = 1 \\text{ or } x = 2", "1,2"), ("7, -2, \\text{ and } -5", "-5,-2,7"), ("1 \\text{ or } 2", "2, 1"),
     ("a_n = 2n", "2n"), ("y = x + 3", "y=x+3"), ("\\text{B, A}", "A, B"),
@@ -345,7 +347,13 @@ def test_no_text_of_a_model_is_evaluated_and_none_takes_long(tmp_path):
     assert not grade_math("\\boxed{9^{9^{9^{9}}}}", "x+3")
     assert not grade_math("\\boxed{(x+y+z)^{99999}}", "x+3")
     assert time.monotonic() - start < 45
-    assert grade_math("\\boxed{\\sqrt{12}}", "2\\sqrt3"), "the next question is answered again"
+    assert grade_math("\\boxed{\\sqrt{20}}", "2\\sqrt5"), "the next question is answered again"
+    answers._worker.kill()
+    assert grade_math("\\boxed{\\sqrt{18}}", "3\\sqrt2"), "and by another worker, should this one end"
+    start = time.monotonic()
+    for text in ("\n" * 20_000, "#### \n" * 5_000, "\\boxed{" * 2_000, "$" * 9_999, "\\text{a} " * 3_000, "1 " * 9_999):
+        assert not grade_math(text, "5") and not grade_gsm8k(text, "5")
+    assert time.monotonic() - start < 10
 
 
 def test_the_worker_refuses_eval():
