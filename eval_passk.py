@@ -18,8 +18,6 @@ import hashlib
 import json
 import math
 import os
-import re
-import textwrap
 import threading
 import time
 from collections import Counter, defaultdict
@@ -41,9 +39,9 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 
 from preferences import encode, fail
 from grading import sandbox
-from grading.answers import cut, find_gsm8k, find_math, grade_gsm8k, grade_math, vote, without_thought
+from grading.answers import cut, find_code, find_gsm8k, find_math, grade_gsm8k, grade_math, vote
 from grading.metrics import measure, paired_difference, pass_at_k  # noqa: F401 (people import pass_at_k from here)
-from grading.tasks import FORMS, HUB, STOPS, WISHES, digest, load_problems, read_rows
+from grading.tasks import HUB, digest, load_problems, prompt_texts, read_rows
 
 
 @dataclass
@@ -111,27 +109,6 @@ class Args:
     """Directory for the three files; empty: runs/eval/<name>-<task>"""
     overwrite: bool = False
     """Replace a results.json of another model, prompt or task; samples are kept apart by key in any case"""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# tasks
-
-
-def prompt_texts(args: Args, tokenizer, problems: list[dict]) -> tuple[list[str], tuple[str, ...]]:
-    """The prompts as text, and the strings that end a completion."""
-    chat = args.prompt == "chat" or (args.prompt == "auto" and tokenizer.chat_template is not None)
-    if chat and tokenizer.chat_template is None:
-        fail(f"{args.model} has no chat template; use --prompt text")
-    code, texts = args.task == "humaneval", []
-    before, behind = (WISHES if chat else FORMS).get(args.task if chat else (args.task, args.shots), ("", ""))
-    for question in (p["question"] for p in problems):
-        text = before + question + behind
-        if chat:
-            messages = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            text += f"```python\n{question}" if code else ""
-        texts.append(text)
-    return texts, args.stop or (STOPS.get(args.task, ()) if not chat else ("\n```\n",) if code else ())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,10 +303,10 @@ def sample_all(args, accelerator, directory: Path, problems, prompts, runs, toke
         for config, settings, batch in todo:
             counts = Counter(i for i, _ in batch)  # in the order of the batch
             seeds = [sample_seed(args.seed, problems[i]["id"], index) for i, index in batch]
-            some = [prompts[i] for i in counts]
             rows = [] if config in described else [{"config": config, "settings": settings}]
             described.add(config)
-            drawn_now = sample_batch(model, tokenizer, some, list(counts.values()), seeds, settings, stopper)
+            shared = ([prompts[i] for i in counts], list(counts.values()))
+            drawn_now = sample_batch(model, tokenizer, *shared, seeds, settings, stopper)
             for (i, index), (tokens, logp, end) in zip(batch, drawn_now):
                 drawn += len(tokens)
                 if key(config, i, index) in have:
@@ -346,16 +323,6 @@ def sample_all(args, accelerator, directory: Path, problems, prompts, runs, toke
 # grading: how answers are read and compared is in grading/answers.py, how programs are run in grading/sandbox.py
 
 _sandboxes = threading.local()
-
-
-def find_code(completion: str, name: str) -> str:
-    """What of a completion goes behind the prompt: of prose and code blocks the last block that defines the function.
-
-    The prompt stays in front of it, with its imports and helpers. Else all up to the first fence is the body.
-    """
-    pieces = re.split(r"^[ \t]*```.*$", without_thought(completion), flags=re.MULTILINE)
-    whole = [p for p in pieces[1:] if re.search(rf"^[ \t]*(?:async )?def {re.escape(name)}\b", p, re.MULTILINE)]
-    return "\n    pass\n\n" + textwrap.dedent(whole[-1]) if whole else pieces[0]
 
 
 def run_humaneval(problem: dict, completion: str, timeout: float = 3.0) -> bool:
@@ -384,17 +351,19 @@ def grade(task: str, problem: dict, text: str) -> tuple[bool, str | None, str]:
 def grade_all(args: Args, problems: list[dict], texts: list[list[str]]) -> list[list[tuple]]:
     """Grades of all samples, each different text of a problem once."""
     jobs = list({(i, text) for i, row in enumerate(texts) for text in row})
-    if args.task != "humaneval":
-        done = {(i, text): grade(args.task, problems[i], text) for i, text in tqdm(jobs, desc="grading", leave=False)}
-        return [[done[i, text] for text in row] for i, row in enumerate(texts)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        verdicts = pool.map(lambda job: run_humaneval(problems[job[0]]["row"], job[1], args.timeout), jobs)
+
+    def work(job):
+        if args.task == "humaneval":
+            return run_humaneval(problems[job[0]]["row"], job[1], args.timeout), None, "program"
+        return grade(args.task, problems[job[0]], job[1])
+
+    # one thread where answers are compared: they share a process
+    with ThreadPoolExecutor(os.cpu_count() if args.task == "humaneval" else 1) as pool:
         try:
-            verdicts = list(tqdm(verdicts, total=len(jobs), desc="running programs", leave=False))
+            done = dict(zip(jobs, tqdm(pool.map(work, jobs), total=len(jobs), desc="grading", leave=False)))
         except sandbox.SandboxError as error:
             pool.shutdown(cancel_futures=True)
             fail(f"the sandbox failed, and that is no wrong answer: {error}. The samples are kept; run again")
-    done = {job: (verdict, None, "program") for job, verdict in zip(jobs, verdicts)}
     return [[done[i, text] for text in row] for i, row in enumerate(texts)]
 
 
@@ -693,8 +662,7 @@ def main(args: Args) -> None:
     else:
         return
     results = {"name": name, "model": args.model or args.samples, "task": args.task, "subject": subject}
-    results |= {"sandbox": layers} if layers else {}
-    results["temperatures"] = {}
+    results |= {"sandbox": layers, "temperatures": {}}
     for settings, rows in runs:
         graded = problems[0]["reference"] is not None
         grades = grade_all(args, problems, [[r["text"] for r in row] for row in rows]) if graded else None

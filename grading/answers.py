@@ -10,6 +10,7 @@ import re
 import select
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
@@ -82,6 +83,16 @@ def boxes(text: str) -> Iterator[tuple[int, str]]:
                 end = start + brace.start()
                 break
         yield box.start(), text[start + 1 : end].strip()  # "" where the braces never close
+
+
+def find_code(completion: str, name: str) -> str:
+    """What of a completion goes behind the prompt: of prose and code blocks the last block that defines the function.
+
+    The prompt stays in front of it, with its imports and helpers. Else all up to the first fence is the body.
+    """
+    pieces = re.split(r"^[ \t]*```.*$", without_thought(completion), flags=re.MULTILINE)
+    whole = [p for p in pieces[1:] if re.search(rf"^[ \t]*(?:async )?def {re.escape(name)}\b", p, re.MULTILINE)]
+    return "\n    pass\n\n" + textwrap.dedent(whole[-1]) if whole else pieces[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -172,3 +172,20 @@ def load_problems(task: str, path: str, wanted: int, seed: int) -> list[dict]:
     if 0 < wanted < len(problems):
         problems = [problems[i] for i in sorted(random.Random(seed).sample(range(len(problems)), wanted))]
     return problems
+
+
+def prompt_texts(args, tokenizer, problems: list[dict]) -> tuple[list[str], tuple[str, ...]]:
+    """The prompts as text, and the strings that end a completion."""
+    chat = args.prompt == "chat" or (args.prompt == "auto" and tokenizer.chat_template is not None)
+    if chat and tokenizer.chat_template is None:
+        fail(f"{args.model} has no chat template; use --prompt text")
+    code, texts = args.task == "humaneval", []
+    before, behind = (WISHES if chat else FORMS).get(args.task if chat else (args.task, args.shots), ("", ""))
+    for question in (p["question"] for p in problems):
+        text = before + question + behind
+        if chat:
+            messages = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text += f"```python\n{question}" if code else ""
+        texts.append(text)
+    return texts, args.stop or (STOPS.get(args.task, ()) if not chat else ("\n```\n",) if code else ())
