@@ -86,7 +86,7 @@ FORMS = {
 }
 STOPS = {
     "gsm8k": ("\nQ:",),
-    "math": ("###", "\nProblem:"),
+    "math": ("\n###\n", "\nProblem:"),  # "### Step 1" is a heading
     "humaneval": ("\nclass", "\ndef", "\n#", "\nif", "\nprint"),
 }
 # The same in a chat. HumanEval's answer is begun for the model with the function's head: it writes the body
@@ -131,9 +131,8 @@ def read_problem(kind: str, row: dict, where: str) -> dict:
     if kind == "math":
         question, reference = text("problem"), text("solution", "answer")
         if not any(content for _, content in boxes(reference)):
-            reference = row.get("answer") or fail(
-                f'{where}: "solution" has no \\boxed{{answer}}, and no "answer" is there'
-            )
+            reference = "" if row.get("answer") is None else str(row["answer"]).strip()
+            reference or fail(f'{where}: "solution" has no \\boxed{{answer}}, and there is no "answer"')
     elif kind == "humaneval":
         question, reference, _ = text("prompt"), text("test"), text("entry_point")
     else:

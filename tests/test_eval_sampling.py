@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 import eval_passk  # noqa: E402
 from eval_passk import Args, make_plan, read_samples, sample_batch, sample_seed  # noqa: E402
+from grading import tasks  # noqa: E402
 
 LETTERS = list("0123456789+*=.#\n abcdefghijklmnopqrstuvwxyzQA:?")
 PLAIN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "max_new_tokens": 24, "stop": [], "eos": [1]}
@@ -321,6 +322,7 @@ def test_user_errors_are_one_clear_line(tiny, tmp_path):
         "no.jsonl.gz": "plain text",
         "math.jsonl": '{"problem": "1+1", "solution": "It is 2."}\n',
         "math_empty.jsonl": '{"problem": "1+1", "solution": "It is \\\\boxed{}."}\n',
+        "math_null.jsonl": '{"problem": "1+1", "solution": "It is 2.", "answer": null}\n',
         "check.jsonl": json.dumps({"prompt": "def f():\n", "entry_point": "f", "test": "def chek(f): pass\n"}),
         "name.jsonl": json.dumps({"prompt": "def f():\n", "entry_point": "g", "test": "def check(f): pass\n"}),
         "syntax.jsonl": json.dumps({"prompt": "def f():\n", "entry_point": "f", "test": "def check(f) pass\n"}),
@@ -350,6 +352,7 @@ def test_user_errors_are_one_clear_line(tiny, tmp_path):
         ({"task": at["no.jsonl.gz"]}, "cannot be read"),
         ({"task": "math", "data": at["math.jsonl"]}, 'row 1: "solution" has no'),
         ({"task": "math", "data": at["math_empty.jsonl"]}, 'row 1: "solution" has no'),
+        ({"task": "math", "data": at["math_null.jsonl"]}, 'and there is no "answer"'),
         (run | {"data": at["check.jsonl"]}, "f: SandboxError: the test defines no check"),
         (run | {"data": at["name.jsonl"]}, "g: SandboxError: the prompt does not begin g"),
         (run | {"data": at["syntax.jsonl"]}, "f: SyntaxError"),
@@ -489,7 +492,7 @@ def test_prompts(tiny, loaded):
     ((two,), _) = text(task="gsm8k", shots=2)
     assert two.count("####") == 3 and two.endswith("Q: How many?\n\nA:")
     ((two,), stops) = text(task="math")
-    assert two.count("\\boxed{") == 3 and "###" in stops
+    assert two.count("\\boxed{") == 3 and stops == ("\n###\n", "\nProblem:")
     ((code,), stops) = text(task="humaneval")
     assert code == "How many?" and "\nclass" in stops and "\nprint" in stops
     assert text(task="toy.jsonl") == (["How many?"], ())
@@ -502,6 +505,18 @@ def test_prompts(tiny, loaded):
     assert (chat, stops) == ("<user>How many?<me>", ())
     ((chat,), stops) = eval_passk.prompt_texts(Args(task="humaneval"), tokenizer, problem)
     assert chat.endswith("<me>```python\nHow many?") and stops == ("\n```\n",)
+
+
+def test_the_answer_of_a_math_row(tmp_path):
+    """The box of its solution, else its "answer", which may be a number."""
+    rows = [
+        {"problem": "1", "solution": "so \\boxed{2}", "answer": "3"},
+        {"problem": "2", "solution": "so 4", "answer": 4},
+    ]
+    rows += [{"problem": "3", "answer": "5"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    problems = tasks.load_problems("math", str(tmp_path / "m.jsonl"), 0, 0)
+    assert [eval_passk.grade_math(f"\\boxed{{{n}}}", p["reference"]) for n, p in zip((2, 4, 5), problems)] == [True] * 3
 
 
 def test_humaneval_end_to_end(tiny, tmp_path):
