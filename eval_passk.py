@@ -37,11 +37,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessorList, StopStringCriteria
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from preferences import encode, fail
 from grading import sandbox
 from grading.answers import cut, find_code, find_gsm8k, find_math, grade_gsm8k, grade_math, vote
 from grading.metrics import measure, paired_difference, pass_at_k  # noqa: F401 (people import pass_at_k from here)
 from grading.tasks import HUB, digest, load_problems, prompt_texts, read_rows
+from preferences import encode, fail
 
 
 @dataclass
