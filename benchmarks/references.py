@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import eval_passk  # noqa: E402
-from common import encode  # noqa: E402
+from preferences import encode  # noqa: E402
 
 
 @dataclass

@@ -16,7 +16,7 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-from common import fail
+from preferences import fail
 
 # ---------------------------------------------------------------------------------------------------------------------
 # what of a completion is the answer to its question

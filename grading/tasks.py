@@ -11,8 +11,8 @@ import random
 import re
 import zlib
 
-from common import fail
 from grading.answers import boxes, read_number
+from preferences import fail
 
 HUB = {
     "gsm8k": ("openai/gsm8k", "main"),
