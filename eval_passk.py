@@ -40,8 +40,8 @@ from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, T
 from grading import sandbox
 from grading.answers import cut, find_code, find_gsm8k, find_math, grade_gsm8k, grade_math, vote
 from grading.metrics import measure, paired_difference, pass_at_k  # noqa: F401 (people import pass_at_k from here)
-from grading.tasks import HUB, digest, load_problems, prompt_texts, read_rows
-from preferences import encode, fail
+from grading.tasks import HUB, digest, load_problems, prompt_texts
+from preferences import encode, fail, failing, read_rows
 
 
 @dataclass
@@ -567,8 +567,8 @@ def given_samples(args: Args, problems: list[dict]) -> tuple[list[dict], list[li
     for problem in problems:
         known |= {problem["question"]: problem["id"], problem["row"].get("task_id"): problem["id"]}
     rows = defaultdict(list)
-    for number, row in enumerate(read_rows(args.samples), 1):
-        names = ("question", "problem", "prompt", "task_id")
+    names = ("question", "problem", "prompt", "task_id")
+    for number, row in enumerate(read_rows(args.samples, "", "")[0], 1):
         found = [known[row[name]] for name in names if isinstance(row.get(name), str) and row[name] in known]
         if not found:
             fail(f"{args.samples} row {number}: none of {', '.join(names)} is that of a problem of {args.task}")

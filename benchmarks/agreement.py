@@ -15,6 +15,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import eval_passk  # noqa: E402
+from preferences import read_rows  # noqa: E402
 
 
 @dataclass
@@ -37,7 +38,7 @@ def main(args: Args) -> None:
     graders = {"gsm8k": eval_passk.grade_gsm8k, "math": eval_passk.grade_math}
     for path in args.files:
         counts, shown = Counter(), []
-        for task, completion, reference, right in map(labelled, eval_passk.read_rows(str(path))):
+        for task, completion, reference, right in map(labelled, read_rows(str(path), "", "")[0]):
             verdict = graders[task](completion, reference)
             counts[task, right, verdict] += 1
             if verdict != right and counts[task, right, verdict] <= args.show:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import eval_passk  # noqa: E402
-from preferences import encode  # noqa: E402
+from preferences import encode, read_rows  # noqa: E402
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    rows = eval_passk.read_rows(str(args.problems))
+    rows = read_rows(str(args.problems), "", "")[0]
     for name in args.tokenizers:
         tokenizer, passed, alone = AutoTokenizer.from_pretrained(name), 0, 0
         for row in rows:
