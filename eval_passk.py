@@ -47,68 +47,41 @@ from preferences import encode, fail, failing, read_rows
 @dataclass
 class Args:
     # What
-    model: str = ""
-    """Model to sample: a name on the hub or a directory; empty: grade --samples, or only draw the files of --compare"""
-    samples: str = ""
-    """Completions made elsewhere, a .jsonl file, in place of --model (docs/eval_passk.md)"""
-    task: str = "gsm8k"
-    """gsm8k, math, humaneval, or a .jsonl file with "question" and "answer" in GSM8K's form, or without answers"""
-    data: str = ""
-    """The task's problems from a .jsonl or .jsonl.gz file instead of the hub"""
-    problems: int = 200
-    """Problems drawn at random, 0 for all (200 of GSM8K in H-DPO A.5, 200 in DPL 4.2; HumanEval is always whole)"""
-    prompt: Literal["auto", "chat", "text"] = "auto"
-    """The model's chat template, or plain text with examples; auto: the template where there is one (design)"""
-    shots: Literal[0, 2, 8] = 8
-    """Examples in GSM8K's text prompt: 8, "The answer is" (H-DPO A.5), or 2, "####" (DPL C.3); MATH has 2 (DPL C.3)"""
+    model: str = ""  # Model to sample: on the hub or a directory; empty: grade --samples, or only draw --compare
+    samples: str = ""  # Completions made elsewhere, a .jsonl file, in place of --model (docs/eval_passk.md)
+    task: str = "gsm8k"  # gsm8k, math, humaneval, or a .jsonl file in GSM8K's form, with answers or without
+    data: str = ""  # The task's problems from a file instead of the hub
+    problems: int = 200  # Problems drawn at random, 0 for all (H-DPO A.5, DPL 4.2; HumanEval is always whole)
+    prompt: Literal["auto", "chat", "text"] = "auto"  # Chat template or text with examples; auto: what the model has
+    shots: Literal[0, 2, 8] = 8  # Examples in GSM8K's text prompt: 8 (H-DPO A.5) or 2 (DPL C.3); MATH has 2 (DPL C.3)
 
     # Sampling
-    n: int = 200
-    """Samples per problem and temperature (H-DPO A.5; DPL: 128)"""
-    temperatures: tuple[float, ...] = (0.2, 0.5, 1.0)
-    """Sampling temperatures, 0 is greedy (H-DPO: 0.1 to 1.5)"""
-    top_p: float = 1.0
-    """Nucleus sampling, 1 is off (H-DPO; DPL's baseline: 0.9)"""
-    top_k: int = 0
-    """Only the k likeliest tokens, 0 is off (H-DPO; DPL's baseline: 180). transformers' own default would be 50"""
-    min_p: float = 0.0
-    """Only tokens this likely against the likeliest, 0 is off (H-DPO; DPL's baseline: 0.1)"""
-    max_new_tokens: int = 512
-    """Longest completion (H-DPO A.4)"""
-    stop: tuple[str, ...] = ()
-    """Strings that end a completion; empty: the task's own for text prompts (lm-evaluation-harness, human-eval)"""
-    seed: int = 0
-    """Seed of the samples, the choice of problems and the bootstrap (ours)"""
+    n: int = 200  # Samples per problem and temperature (H-DPO A.5; DPL: 128)
+    temperatures: tuple[float, ...] = (0.2, 0.5, 1.0)  # Sampling temperatures, 0 is greedy (H-DPO: 0.1 to 1.5)
+    top_p: float = 1.0  # Nucleus sampling, 1 is off (H-DPO; DPL's baseline: 0.9)
+    top_k: int = 0  # Only the k likeliest tokens, 0 is off (H-DPO; DPL's baseline: 180; transformers' own default: 50)
+    min_p: float = 0.0  # Only tokens this likely against the likeliest, 0 is off (H-DPO; DPL's baseline: 0.1)
+    max_new_tokens: int = 512  # Longest completion (H-DPO A.4)
+    stop: tuple[str, ...] = ()  # Strings that end a completion; empty: the task's own for text prompts
+    seed: int = 0  # Seed of the samples, the choice of problems and the bootstrap (ours)
 
     # Hardware
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights; auto: bfloat16 on a GPU, float32 elsewhere (design)"""
-    tokens_per_device: int = 32768
-    """Tokens in the cache at once, prompts and completions at full length (4 GB for Mistral-7B in bfloat16)"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on a GPU, float32 elsewhere
+    tokens_per_device: int = 32768  # Tokens in the cache at once, at full length (4 GB for Mistral-7B in bfloat16)
 
     # Grading and metrics
-    allow_code_execution: bool = False
-    """HumanEval only: run the programs that the model wrote, inside grading/sandbox.py (ours)"""
-    timeout: float = 3.0
-    """Seconds for one program (human-eval)"""
-    ks: tuple[int, ...] = ()
-    """k of pass@k and maj@k; empty: the powers of two up to n, and n (DPL Table 3)"""
-    difficulty_from: str = ""
-    """results.json of a base model: easy, medium, hard by its expected samples: to 4, to 64, more (DPL 4.2)"""
-    diversity_samples: int = 25
-    """Samples per problem, the first ones, for the diversity metrics (H-DPO A.4)"""
-    embedder: str = ""
-    """sentence-transformers model for the embedding distance (DPL Eq. 44); empty: leave it out"""
+    allow_code_execution: bool = False  # HumanEval only: run the model's programs, inside grading/sandbox.py (ours)
+    timeout: float = 3.0  # Seconds for one program (human-eval)
+    ks: tuple[int, ...] = ()  # k of pass@k and maj@k; empty: the powers of two up to n, and n (DPL Table 3)
+    difficulty_from: str = ""  # results.json of a base model: splits by its expected samples, to 4, 64, more (DPL 4.2)
+    diversity_samples: int = 25  # Samples per problem, the first ones, for the diversity metrics (H-DPO A.4)
+    embedder: str = ""  # sentence-transformers model for the embedding distance (DPL Eq. 44); empty: none
 
     # Output
-    name: str = ""
-    """The model's name in tables and legends; empty: the end of --model"""
-    compare: tuple[str, ...] = ()
-    """results.json files of other models: drawn into the same figure, with paired differences"""
-    output_dir: str = ""
-    """Directory for the three files; empty: runs/eval/<name>-<task>"""
-    overwrite: bool = False
-    """Replace a results.json of another model, prompt or task; samples are kept apart by key in any case"""
+    name: str = ""  # The model's name in tables and legends; empty: the end of --model
+    compare: tuple[str, ...] = ()  # results.json of other models: in the same figure, with paired differences
+    output_dir: str = ""  # Directory for the three files; empty: runs/eval/<name>-<task>
+    overwrite: bool = False  # Replace a results.json of another model, prompt or task; samples are kept apart anyway
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,14 +18,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from grading import sandbox  # noqa: E402
-from grading.candidate import ALLOWED, pack, unpack  # noqa: E402
+from grading.candidate import pack, unpack  # noqa: E402
 from grading.sandbox import Sandbox, SandboxError, layers  # noqa: E402
 
 HUMANEVAL = Path(__file__).parents[2] / "shared" / "data" / "HumanEval.jsonl.gz"
 SECRET = "hidden-expected-value"
 LIMIT = 0.7
 
-pytestmark = pytest.mark.skipif(os.uname().machine not in ALLOWED, reason="no list of system calls for this machine")
+pytestmark = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the list of system calls is for x86_64")
 
 PROBLEM = {
     "prompt": 'def answer(number, text):\n    """Tell what the check expects."""\n',
@@ -178,7 +178,7 @@ HOSTILE = {
     "patching the checker": """
         import sys
         for module in list(sys.modules.values()):
-            for name in ('check', 'run_job', 'read_reply', 'unpack', 'pack', 'candidate', 'drive'):
+            for name in ('check', 'run_job', 'ask', 'prepare', 'unpack', 'pack', 'candidate', 'drive'):
                 try: setattr(module, name, lambda *a, **k: ('pass', ''))
                 except Exception: pass
         return ('pass', '')""",
@@ -299,7 +299,7 @@ def candidates():
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
-            if "from candidate import main" in Path(f"/proc/{name}/cmdline").read_text():
+            if "from grading.candidate import main" in Path(f"/proc/{name}/cmdline").read_text():
                 found.append(int(name))
         except OSError:
             pass
@@ -340,23 +340,26 @@ def test_hostile_programs_neither_pass_nor_hurt_nor_stay(use, victim, port, monk
     with Sandbox(use=use) as box:
         assert box.check(PROBLEM, f"    return '{SECRET}'\n", 5.0) == ("pass", "")
         driver, others = box.process.pid, set(candidates())
+        mine = set(descendants(os.getpid())) - {driver}
         for name, source in HOSTILE.items():
             if len(use) == 1 and ("environment" in name or "secret file" in name):
                 continue  # seccomp alone cannot see which file is opened; the docs say so
-            start = time.monotonic()
+            before, start = box.process, time.monotonic()
             verdict, reason = box.check(PROBLEM, body(source, VICTIM=victim, PORT=port), LIMIT)
             seconds = time.monotonic() - start
             if verdict != "fail" or seconds > LIMIT + 5.0:
                 problems.append((name, verdict, reason, round(seconds, 2)))
-            if left := [*descendants(driver), *(set(candidates()) - others)]:
+            if box.process is not (None if "time limit" in reason else before or box.process):
+                problems.append((name, "the driver had to be started again"))
+            driver = {box.process.pid} if box.process else set()  # it goes with a program that is late
+            if left := [*(set(descendants(os.getpid())) - mine - driver), *(set(candidates()) - others)]:
                 problems.append((name, "left behind", left))
         assert not problems
-        assert box.process.pid == driver, "the driver had to be started again"
         assert box.check(PROBLEM, f"    return '{SECRET}'\n", 5.0) == ("pass", "")
     assert neighbour.poll() is None
     neighbour.kill()
     neighbour.wait()
-    assert not os.path.exists(f"/proc/{driver}")
+    assert set(descendants(os.getpid())) <= mine
 
 
 def wait_until(condition, seconds=5.0):
