@@ -45,16 +45,14 @@ def maj_at_k(answers: list[str | None], right: list[bool], k: int, seed: int = 0
     if k == 1:
         return sum(right) / len(right)
     labels = ["" if ok else answer for answer, ok in zip(answers, right)]  # no wrong answer is the empty text
-    names = {label: i for i, label in enumerate(dict.fromkeys(["", *(x for x in labels if x is not None)]))}
-    votes = np.zeros((len(labels), len(names)), dtype=np.int64)  # (n, labels)
-    for row, label in enumerate(labels):
-        if label is not None:
-            votes[row, names[label]] = 1
+    names = ["", *sorted({*labels} - {"", None})]
+    numbers = np.array([-1 if label is None else names.index(label) for label in labels])
+    votes = numbers[:, None] == np.arange(len(names))  # (n, names)
     order = np.arange(k)[None]  # (subsets, k)
     if k < len(labels):
         draws = max(200, 20_000 // k)
         order = np.random.default_rng(seed).random((draws, len(labels))).argpartition(k - 1, axis=1)[:, :k]
-    totals = votes[order].sum(1)  # (subsets, labels)
+    totals = votes[order].sum(1)  # (subsets, names)
     top = totals.max(1, keepdims=True)
     winners = (totals == top) & (top > 0)
     return float((winners[:, 0] / winners.sum(1).clip(min=1)).mean())
@@ -72,38 +70,24 @@ def ngrams(tokens: list[str], order: int) -> Counter:
 def self_bleu(responses: list[list[str]], order: int = 4) -> float:
     """Mean BLEU of each response against all others (Zhu et al. 2018), uniform weights, smoothing method 1 (0.1).
 
-    BLEU clips each n-gram at its largest count in one reference. The two largest counts over all responses give that
-    for each response: the largest, or where the response itself holds it, the second.
+    BLEU clips each n-gram at its largest count in one other response. That, or the own count where it is smaller, is
+    min(own count, second largest count of all responses).
     """
     if len(responses) < 2:
         return math.nan
-    logs = np.zeros(len(responses))
-    silent = np.zeros(len(responses), dtype=bool)  # no word in common with any other: 0, as in nltk
+    scores, lengths = [0.0] * len(responses), [len(response) for response in responses]
     for size in range(1, order + 1):
-        counts = [ngrams(response, size) for response in responses]
-        first, second = {}, {}  # n-gram -> largest count and its owner, second largest count
-        for owner, count in enumerate(counts):
-            for gram, times in count.items():
-                best = first.get(gram, (0, -1))
-                if times > best[0]:
-                    first[gram], second[gram] = (times, owner), best[0]
-                elif times > second.get(gram, 0):
-                    second[gram] = times
-        for owner, count in enumerate(counts):
-            hits = 0
-            for gram, times in count.items():
-                most, whose = first[gram]
-                hits += min(times, second[gram] if whose == owner else most)
-            silent[owner] |= size == 1 and hits == 0
-            logs[owner] += math.log((hits or 0.1) / max(1, sum(count.values()))) / order
-    lengths = [len(response) for response in responses]
-    spread = Counter(lengths)
-    for owner, length in enumerate(lengths):
-        others = [other for other, times in spread.items() if times > (other == length)]
-        closest = min(others, key=lambda other: (abs(other - length), other))
-        if length <= closest and length:
-            logs[owner] += min(0.0, 1 - closest / length)
-    return float(np.where(silent, 0.0, np.exp(logs)).mean())
+        counts, top = [ngrams(response, size) for response in responses], defaultdict(lambda: [0, 0])
+        for gram, times in (item for count in counts for item in count.items()):
+            top[gram] = sorted([*top[gram], times])[1:]  # the two largest
+        for i, count in enumerate(counts):
+            hits = sum(min(times, top[gram][0]) for gram, times in count.items())
+            none = size == 1 and hits == 0  # no word in common with any other: 0, as in nltk
+            scores[i] += -math.inf if none else math.log((hits or 0.1) / max(1, sum(count.values()))) / order
+    for i, length in enumerate(lengths):
+        closest = min(lengths[:i] + lengths[i + 1 :], key=lambda other: (abs(other - length), other))
+        scores[i] += min(0.0, 1 - closest / length) if length else 0.0
+    return float(np.exp(scores).mean())
 
 
 def distinct(responses: list[list[str]], order: int) -> float:
@@ -126,23 +110,17 @@ def diversity(args, settings: dict, rows: list[list[dict]], embed=None) -> dict:
     result = {"samples_per_problem": len(rows[0]), "tokeniser": r"\w+|[^\w\s]", "self_bleu_order": 4}
     result |= {"entropy": None, "nll_per_token": None}  # samples from elsewhere come without log-probs
     if "logp" in rows[0][0]:
-        nll = float(np.mean([np.mean([-r["logp"] / max(1, r["tokens"]) for r in row]) for row in rows]))
+        nll = np.mean([[-r["logp"] / max(1, r["tokens"]) for r in row] for row in rows])
         # an entropy only where samples come from the very distribution that scores them
-        plain = all(
-            settings[name] == off for name, off in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("min_p", 0))
-        )
+        plain = [settings[name] for name in ("temperature", "top_p", "top_k", "min_p")] == [1, 1, 0, 0]
         result |= {"entropy": nll if plain else None, "nll_per_token": nll}
-        result["mean_tokens"] = float(np.mean([r["tokens"] for row in rows for r in row]))
-    result |= {
-        "self_bleu": float(np.mean([self_bleu(t) for t in tokens])) if len(rows[0]) > 1 else None,
-        "distinct_1": float(np.mean([distinct(t, 1) for t in tokens])),
-        "distinct_2": float(np.mean([distinct(t, 2) for t in tokens])),
-        "mean_words": float(np.mean([len(t) for row in tokens for t in row])),
-    }
+        result["mean_tokens"] = np.mean([[r["tokens"] for r in row] for row in rows])
+    result["self_bleu"] = np.mean([self_bleu(t) for t in tokens]) if len(rows[0]) > 1 else None
+    result |= {f"distinct_{order}": np.mean([distinct(t, order) for t in tokens]) for order in (1, 2)}
+    result["mean_words"] = np.mean([[len(t) for t in row] for row in tokens])
     if embed:
-        distances = [embedding_distance(embed([r["text"] for r in row])) for row in rows]
-        result["embedding_distance"] = float(np.mean(distances))
-    return result
+        result["embedding_distance"] = np.mean([embedding_distance(embed([r["text"] for r in row])) for row in rows])
+    return {name: float(value) if isinstance(value, np.floating) else value for name, value in result.items()}
 
 
 def measure(args, settings: dict, ks: list[int], problems, rows, grades, embed=None) -> dict:
@@ -156,13 +134,9 @@ def measure(args, settings: dict, ks: list[int], problems, rows, grades, embed=N
     result["problems"] = [{"id": p["id"], "n": len(row), "group": p["group"]} for p, row in zip(problems, rows)]
     if grades is None:
         return result
-    right = [[ok for ok, _, _ in row] for row in grades]
-    answers = [[answer for _, answer, _ in row] for row in grades]
-    groups = defaultdict(list)
-    for i, problem in enumerate(problems):
-        result["problems"][i]["c"] = sum(right[i])
-        if problem["group"] is not None:
-            groups[problem["group"]].append(i)
+    right, answers, how = ([[grade[part] for grade in row] for row in grades] for part in range(3))
+    for problem, row in zip(result["problems"], right):
+        problem["c"] = sum(row)
     passes = {k: [pass_at_k(len(row), sum(row), k) for row in right] for k in ks}
     result["pass@k"] = {k: mean_with_interval(passes[k], args.seed) for k in ks}
     if args.task != "humaneval":
@@ -170,12 +144,12 @@ def measure(args, settings: dict, ks: list[int], problems, rows, grades, embed=N
         result["maj@k"] = {k: mean_with_interval(votes[k], args.seed) for k in ks}
         different = [len(set(row) - {None}) / len(row) for row in answers]
         result["diversity"]["distinct_answers"] = float(np.mean(different))
-    result["splits"] = {
-        group: {"problems": len(members)}
-        | {"pass@k": {k: mean_with_interval([passes[k][i] for i in members], args.seed) for k in ks}}
-        for group, members in sorted(groups.items())
-    }
-    result["found_by"] = dict(Counter(how for row in grades for _, _, how in row))
+    result["splits"] = {}
+    for group in sorted({problem["group"] for problem in problems} - {None}):
+        members = [i for i, problem in enumerate(problems) if problem["group"] == group]
+        cells = {k: mean_with_interval([passes[k][i] for i in members], args.seed) for k in ks}
+        result["splits"][group] = {"problems": len(members), "pass@k": cells}
+    result["found_by"] = dict(Counter(sum(how, [])))
     return result
 
 

@@ -306,6 +306,13 @@ def candidates():
     return found
 
 
+def wait_until(condition, seconds=5.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
 @pytest.fixture
 def victim(tmp_path):
     (tmp_path / "secret").write_text(SECRET)
@@ -352,21 +359,15 @@ def test_hostile_programs_neither_pass_nor_hurt_nor_stay(use, victim, port, monk
             if box.process is not (None if "time limit" in reason else before or box.process):
                 problems.append((name, "the driver had to be started again"))
             driver = {box.process.pid} if box.process else set()  # it goes with a program that is late
-            if left := [*(set(descendants(os.getpid())) - mine - driver), *(set(candidates()) - others)]:
-                problems.append((name, "left behind", left))
+            left = lambda: set(descendants(os.getpid())) - mine - driver | set(candidates()) - others  # noqa: B023, E731
+            if not wait_until(lambda: not left(), 2.0):  # noqa: B023
+                problems.append((name, "left behind", left()))
         assert not problems
         assert box.check(PROBLEM, f"    return '{SECRET}'\n", 5.0) == ("pass", "")
     assert neighbour.poll() is None
     neighbour.kill()
     neighbour.wait()
     assert set(descendants(os.getpid())) <= mine
-
-
-def wait_until(condition, seconds=5.0):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
 
 
 def test_nothing_outlives_a_killed_driver_or_caller():
