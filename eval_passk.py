@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas
 import torch
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -94,10 +95,8 @@ def find_weights(model: str) -> str:
         return model
     from huggingface_hub import snapshot_download
 
-    try:
+    with failing(f"{model}: neither a directory nor a model that the hub gives out"):
         return snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"])
-    except Exception as error:
-        fail(f"{model}: neither a directory nor a model that the hub gives out ({type(error).__name__})")
 
 
 def hash_weights(directory: str) -> str:
@@ -105,9 +104,8 @@ def hash_weights(directory: str) -> str:
     total, folder = hashlib.sha256(), Path(directory)
     weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
     for path in sorted([*weights, *folder.glob("config.json")]):
-        total.update(path.name.encode())
         with open(path, "rb") as file:
-            total.update(hashlib.file_digest(file, "sha256").digest())
+            total.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     if (folder / "adapter_config.json").exists():
         settings = json.loads((folder / "adapter_config.json").read_text())
         base = settings.pop("base_model_name_or_path")
@@ -263,10 +261,8 @@ def sample_all(args, accelerator, directory: Path, problems, prompts, runs, toke
         return
     accelerator.wait_for_everyone()  # everyone has read the files before anyone writes
     todo = todo[accelerator.process_index :: accelerator.num_processes]
-    try:
+    with failing(f"{args.model} cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(weights, dtype=getattr(torch, runs[0][1]["dtype"]))
-    except (OSError, ValueError) as error:
-        fail(f"{args.model} cannot be loaded: {str(error).splitlines()[0]}")
     model, stops = model.to(accelerator.device).eval(), runs[0][1]["stop"]
     stopper = StopStringCriteria(tokenizer, stops) if stops else None
     path = directory / f"samples.{accelerator.process_index}.jsonl".replace(".0.", ".")
@@ -309,7 +305,7 @@ def run_humaneval(problem: dict, completion: str, timeout: float = 3.0) -> bool:
         verdict, reason = _sandboxes.box.check(problem, find_code(completion, problem["entry_point"]), timeout)
         if verdict != "error":
             return verdict == "pass"
-    raise sandbox.SandboxError(reason)
+    raise sandbox.SandboxError(f"{problem['entry_point']}: {reason}")
 
 
 def grade(task: str, problem: dict, text: str) -> tuple[bool, str | None, str]:
@@ -365,41 +361,36 @@ def figure(path: Path, results: list[dict]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    at = [{float(t): value["pass@k"] for t, value in sorted(r["temperatures"].items())} for r in results]
-    temperatures = sorted(set().union(*at))
-    shared = set.intersection(*({int(k) for k in passes} for one in at for passes in one.values()))
-    panels = [("k, number of samples", "temperature {:g}", temperatures, plt.cm.viridis)]
-    if len(temperatures) > 1:
-        panels.append(("sampling temperature", "pass@{:g}", some_of(sorted(shared)), plt.cm.plasma))
-    drawing, axes = plt.subplots(
-        1, len(panels), figsize=(5.2 * len(panels) + 0.8, 4.7), squeeze=False, sharey=True, layout="constrained"
-    )
-    for axis, (label, legend, values, colours) in zip(axes[0], panels):
-        for value, colour in zip(values, colours(np.linspace(0.0, 0.8, len(values)))):
-            for one, result, style in zip(at, results, ["-", "--", ":", "-."] * len(results)):
-                if label[0] == "k":
-                    cells = {int(k): cell for k, cell in one.get(value, {}).items()}
-                else:
-                    cells = {t: passes[str(value)] for t, passes in sorted(one.items())}
-                mean, low, high = ([100 * cell[key] for cell in cells.values()] for key in ("mean", "low", "high"))
-                name = legend.format(value) + (f", {result['name']}" if len(results) > 1 else "")
-                axis.plot(list(cells), mean, style, marker="o", markersize=3.5, color=colour, label=name)
-                axis.fill_between(list(cells), low, high, color=colour, alpha=0.12, linewidth=0)
+    points = []  # (model, temperature, k, cell)
+    for model, result in enumerate(results):
+        for t, value in result["temperatures"].items():
+            points += [(model, float(t), int(k), cell) for k, cell in value["pass@k"].items()]
+    temperatures, ks = (sorted({point[part] for point in points}) for part in (1, 2))
+    panels = [(2, 1, temperatures, "k, number of samples", "temperature {:g}")]
+    panels += [(1, 2, some_of(ks), "sampling temperature", "pass@{}")] * (len(temperatures) > 1)
+    size = (5.2 * len(panels) + 0.8, 4.7)
+    drawing, (axes,) = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained")
+    for axis, (x, line, values, label, legend) in zip(axes, panels):
+        for value, colour in zip(values, plt.cm.viridis(np.linspace(0.0, 0.8, len(values)))):
+            for model, (result, style) in enumerate(zip(results, ["-", "--", ":", "-."] * len(results))):
+                cells = sorted((point[x], point[3]) for point in points if (point[0], point[line]) == (model, value))
+                at, cells = [at for at, _ in cells], [cell for _, cell in cells]
+                mean, low, high = ([100 * cell[key] for cell in cells] for key in ("mean", "low", "high"))
+                name = legend.format(value) + f", {result['name']}" * (len(results) > 1)
+                axis.plot(at, mean, style, marker="o", markersize=3.5, color=colour, label=name)
+                axis.fill_between(at, low, high, color=colour, alpha=0.12, linewidth=0)
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=9)
-    axes[0][0].set_ylabel("pass@k: problems solved, %")
-    axes[0][0].set_xscale("log", base=2)
-    ticks = sorted({int(k) for one in at for passes in one.values() for k in passes})
-    axes[0][0].set_xticks(ticks, map(str, ticks))
+    axes[0].set_ylabel("pass@k: problems solved, %")
+    axes[0].set_xscale("log", base=2)
+    axes[0].set_xticks(ks, map(str, ks))
     first = next(iter(results[0]["temperatures"].values()))
-    heading = results[0]["name"] + ", " if len(results) == 1 else ""
     about = f"{len(first['problems'])} problems, {first['n']} samples, 95% intervals"
-    drawing.suptitle(f"{heading}{Path(results[0]['task']).name}: {about}", fontsize=11)
-    temporary = path.with_name(f".{path.name}")
-    drawing.savefig(temporary, dpi=130, format="png")
+    drawing.suptitle(f"{results[0]['name']}, {Path(results[0]['task']).name}: {about}", fontsize=11)
+    drawing.savefig(path, dpi=130)
     plt.close(drawing)
-    os.replace(temporary, path)
+    print(f"figure in {path}")
 
 
 def percent(cell: dict, sign: str = "") -> str:
@@ -410,30 +401,22 @@ def percent(cell: dict, sign: str = "") -> str:
 
 def table(results: dict) -> str:
     """The numbers of one result file for the terminal: a line a temperature, then what does not fit into it."""
-    shown = ["entropy", "self_bleu", "distinct_1", "distinct_2", "distinct_answers"]
     rows, notes = [], []
     for t, value in results["temperatures"].items():
-        row, d = {"T": t}, value["diversity"]
-        ks = list(value.get("pass@k", {}))
-        ks = ks if len(ks) <= 4 else [ks[0], ks[len(ks) // 3], ks[2 * len(ks) // 3], ks[-1]]
-        row |= {f"pass@{k}": percent(value["pass@k"][k]) for k in ks}
+        d, ks = value["diversity"], some_of(list(value.get("pass@k", {})))
+        row = {"T": t} | {f"pass@{k}": percent(value["pass@k"][k]) for k in ks}
         row |= {f"maj@{k}": percent(value["maj@k"][k]) for k in ks[-1:] if "maj@k" in value}
-        row |= {name: "-" if d[name] is None else f"{d[name]:.3f}" for name in shown if name in d}
-        row["cut off"] = f"{100 * value['ended_by'].get('length', 0) / sum(value['ended_by'].values()):.1f}%"
+        for name in ("entropy", "self_bleu", "distinct_1", "distinct_2", "distinct_answers", "mean_words"):
+            row |= {name: "-" if d[name] is None else f"{d[name]:.3f}"} if name in d else {}
         rows.append(row)
         for group, split in value.get("splits", {}).items():
-            cells = ", ".join(f"pass@{k} {percent(split['pass@k'][k])}" for k in {ks[0]: 0, ks[-1]: 0})
+            cells = ", ".join(f"pass@{k} {percent(split['pass@k'][k])}" for k in ks)
             notes.append(f"T={t} {group}: {split['problems']} problems, {cells}")
-        for what, counts in (("answers found by", value.get("found_by")), ("ended by", value["ended_by"])):
-            if counts:
-                notes.append(f"T={t} {what}: {', '.join(f'{how} {times}' for how, times in sorted(counts.items()))}")
-    notes.append(
-        f"diversity: first {d['samples_per_problem']} samples a problem, words {d['tokeniser']}, Self-BLEU of order 4, "
-        f"smoothing 1, {d['mean_words']:.1f} words a sample at T={t}"
-    )
-    lines = [list(rows[0]), *([row.get(name, "-") for name in rows[0]] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(["  ".join(text.rjust(width) for text, width in zip(line, widths)) for line in lines] + notes)
+        for name in ("found_by", "ended_by"):
+            counts = ", ".join(f"{how} {times}" for how, times in sorted(value.get(name, {}).items()))
+            notes += [f"T={t} {name}: {counts}"] if counts else []
+    notes.append(f"diversity: first {d['samples_per_problem']} samples, words {d['tokeniser']}, Self-BLEU of order 4")
+    return "\n".join([pandas.DataFrame(rows).fillna("-").to_string(index=False), *notes])
 
 
 def compare(directory: Path, results: list[dict]) -> None:
@@ -446,12 +429,10 @@ def compare(directory: Path, results: list[dict]) -> None:
             theirs = other["temperatures"].get(t, {"pass@k": {}})
             for k in some_of([int(k) for k in mine["pass@k"] if k in theirs["pass@k"]]):
                 if d := paired_difference(theirs, mine, k):
-                    print(
-                        f"T={t} pass@{k}: {last['name']} - {other['name']} = {percent(d, '+')} points on "
-                        f"{d['problems']} shared problems{'' if d['low'] <= 0 <= d['high'] else ' *'}"
-                    )
+                    about = f"{percent(d, '+')} points on {d['problems']} shared problems"
+                    sure = "" if d["low"] <= 0 <= d["high"] else " *"
+                    print(f"T={t} pass@{k}: {last['name']} - {other['name']} = {about}{sure}")
     figure(directory / "passk.png", results)
-    print(f"figure in {directory / 'passk.png'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -461,24 +442,22 @@ def compare(directory: Path, results: list[dict]) -> None:
 def check_args(args: Args) -> None:
     """Refuses what cannot work before anything is loaded."""
     counts = (args.n, args.max_new_tokens, args.diversity_samples, args.tokens_per_device)
-    one = len(args.temperatures) == 1
+    task = args.task in HUB or args.task.endswith((".jsonl", ".jsonl.gz"))
+    heat = args.temperatures and all(0 <= t < math.inf for t in args.temperatures)
+    one = not args.samples or len(args.temperatures) == 1
     for right, message in (
-        (
-            args.task in HUB or args.task.endswith((".jsonl", ".jsonl.gz")),
-            "--task: gsm8k, math, humaneval or a .jsonl file",
-        ),
+        (task, "--task: gsm8k, math, humaneval or a .jsonl file"),
         (min(counts) > 0, "--n, --max-new-tokens, --diversity-samples and --tokens-per-device must be at least 1"),
         (args.problems >= 0 and args.seed >= 0, "--problems must be 0 (all) or more, --seed 0 or more"),
-        (args.temperatures and all(0 <= t < math.inf for t in args.temperatures), "--temperatures must be 0 or more"),
+        (heat, "--temperatures must be 0 or more"),
         (0 < args.top_p <= 1, "--top-p must be above 0 and at most 1"),
         (0 <= args.min_p < 1 and args.top_k >= 0, "--min-p must be at least 0 and below 1, --top-k 0 or more"),
         (0 < args.timeout < math.inf, "--timeout must be a number of seconds above 0"),
         ("" not in args.stop, "--stop: the empty text would end every completion at its beginning"),
         (not args.samples or not args.model, "--samples takes the place of --model; give one of them"),
-        (not args.samples or one, "--samples: say the one temperature they were drawn at, as in --temperatures 0.7"),
+        (one, "--samples: say the one temperature they were drawn at, as in --temperatures 0.7"),
     ):
-        if not right:
-            fail(message)
+        right or fail(message)
     if args.task == "humaneval" and not args.allow_code_execution and (args.model or args.samples):
         fail(
             "humaneval runs programs that a model wrote, in processes without files, network or environment "
@@ -500,14 +479,10 @@ def load_task(args: Args) -> tuple[list[dict], list[str]]:
             fail(f"--difficulty-from {args.difficulty_from}: none of its problems is among these")
     if args.task != "humaneval":
         return problems, []
-    where = "the sandbox"
-    try:
+    with failing("humaneval cannot be graded here"):
         layers = list(sandbox.layers())
-        for row in (p["row"] for p in problems):
-            where = row["entry_point"]
-            run_humaneval(row, "    pass\n", args.timeout)
-    except sandbox.SandboxError as error:
-        fail(f"humaneval cannot be graded here, {where}: {error}")
+        for problem in problems:
+            run_humaneval(problem["row"], "    pass\n", args.timeout)
     return problems, layers
 
 
@@ -527,10 +502,8 @@ def claim(args: Args, name: str, subject: dict) -> Path:
         differ = ", ".join(key for key in subject if old["subject"].get(key) != subject[key])
         if differ:
             fail(f"{path} holds results of {old['name']} with other {differ}; choose an --output-dir, or --overwrite")
-    try:
+    with failing("--output-dir"):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output-dir: {error}")
     return directory
 
 
@@ -563,10 +536,8 @@ def draw_samples(args: Args, name: str, problems: list[dict]) -> tuple[Path, dic
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[wait])
     with accelerator.main_process_first():
         weights = find_weights(args.model)
-    try:
+    with failing(f"{args.model}: its tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(weights)
-    except (OSError, ValueError) as error:
-        fail(f"{args.model}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}")
     texts, stops = prompt_texts(args, tokenizer, problems)
     prompts = encode(tokenizer, texts)
     dtype = args.dtype if args.dtype != "auto" else "bfloat16" if accelerator.device.type == "cuda" else "float32"
@@ -618,11 +589,10 @@ def main(args: Args) -> None:
     problems, layers = load_task(args)
     embed = None
     if args.embedder:
-        try:
+        with failing("--embedder"):
             from sentence_transformers import SentenceTransformer
-        except ImportError:
-            fail("--embedder: it needs sentence-transformers; pip install sentence-transformers")
-        embed = SentenceTransformer(args.embedder).encode
+
+            embed = SentenceTransformer(args.embedder).encode
     source = Path(args.model or Path(args.samples).with_suffix(""))  # runs/dgpo/model is called dgpo
     name = args.name or (source.parent.name if source.name == "model" and source.parent.name else source.name)
     if args.samples:

@@ -149,7 +149,7 @@ def measure(args, settings: dict, ks: list[int], problems, rows, grades, embed=N
         members = [i for i, problem in enumerate(problems) if problem["group"] == group]
         cells = {k: mean_with_interval([passes[k][i] for i in members], args.seed) for k in ks}
         result["splits"][group] = {"problems": len(members), "pass@k": cells}
-    result["found_by"] = dict(Counter(sum(how, [])))
+    result["found_by"] = dict(Counter(name for row in how for name in row))
     return result
 
 
