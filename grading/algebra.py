@@ -1,4 +1,4 @@
-"""Are two LaTeX answers equal, by math-verify; a process of its own, started and killed by answers.py.
+"""Are two LaTeX answers equal, by math-verify; a process of its own, started by answers.py.
 
 A question a line on standard input, as JSON: [expected, found] is answered by true or false, [answer] by a name that
 equal answers share. It imports no other file of this repo. Nothing that a model wrote is evaluated as Python: sympy
@@ -70,7 +70,7 @@ def main():
     print("ready", flush=True)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads the parser's complaints
     for line in sys.stdin:
-        signal.alarm(60)  # without a handler it ends the process, should nobody be left to do so
+        signal.alarm(5)  # without a handler it ends the process: no exception would stop 9^{9^{9^9}}
         question = json.loads(line)
         try:
             answer = equal(*question) if len(question) == 2 else name(*question)

@@ -7,7 +7,7 @@ grade_math("... \\boxed{\\sqrt{12}}", "... \\boxed{2\\sqrt3}")      True: math-v
 import contextlib
 import json
 import re
-import select
+import signal
 import subprocess
 import sys
 import textwrap
@@ -26,12 +26,8 @@ THOUGHT = re.compile(
     r"\A.*(?:</(?:think|thinking|thought|reasoning)>|\[/THINK\]|<\|channel\|>final<\|message\|>)",  # begun before it
     re.DOTALL,
 )
-NEXT = re.compile(
-    r"\n[^\S\n]*(?:Q:|Q\.\s|Human:|User:|#+ ?Instruction|\[INST\])|<\|(?!channel|message)[a-z_]{2,}\|>|</s>"
-)
-PERHAPS_NEXT = re.compile(
-    r"\n[^\S\n]*(?:(?:#+ *)?\**(?:Question|Problem)\**:|#+[^\S\n]*\n)"
-)  # or the question, said again
+NEXT = re.compile(r"\n *(?:Q:|Q\.\s|Human:|User:|#+ ?Instruction|\[INST\])|<\|(?!channel|message)[a-z_]{2,}\|>|</s>")
+PERHAPS_NEXT = re.compile(r"\n *(?:(?:#+ *)?\**(?:Question|Problem)\**:|#+ *\n)")  # or the question, said again
 PHRASE = re.compile(
     r"\banswer(?: to [^.\n:=]{1,60}?)?[*_]*\s*(?:\bis\b|\bwas\b|(?:would|will|should) be\b|:|=)[*_]*\s*:?"
     r"(?! *(?:in)?correct\b| *(?:right|wrong)\b)|"
@@ -41,16 +37,12 @@ PHRASE = re.compile(
 STATED = re.compile(rf"####\s*\S*\d|\\boxed|\\fbox|{PHRASE.pattern}", PHRASE.flags)
 
 
-def without_thought(completion: str) -> str:
-    return THOUGHT.sub("", completion)
-
-
 def own_part(completion: str) -> str:
     """The completion without its thinking and without a next question that the model went on to.
 
     "Question:" opens a next one behind an answer, or where no answer follows; else the model repeats its own.
     """
-    text = without_thought(completion).lstrip()
+    text = THOUGHT.sub("", completion).lstrip()
     if match := NEXT.search(text, 1):
         text = text[: match.start()]
     stated = [match.start() for match in STATED.finditer(text)]
@@ -90,7 +82,7 @@ def find_code(completion: str, name: str) -> str:
 
     The prompt stays in front of it, with its imports and helpers. Else all up to the first fence is the body.
     """
-    pieces = re.split(r"^[ \t]*```.*$", without_thought(completion), flags=re.MULTILINE)
+    pieces = re.split(r"^[ \t]*```.*$", THOUGHT.sub("", completion), flags=re.MULTILINE)
     whole = [p for p in pieces[1:] if re.search(rf"^[ \t]*(?:async )?def {re.escape(name)}\b", p, re.MULTILINE)]
     return "\n    pass\n\n" + textwrap.dedent(whole[-1]) if whole else pieces[0]
 
@@ -171,7 +163,7 @@ def grade_gsm8k(completion: str, reference: str) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # MATH: expressions
 
-MATHS = re.compile(r"\$\$?([^$]+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+MATHS = re.compile(r"\$\$?((?:\\.|[^$\\])+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 
 
 def find_math(completion: str) -> tuple[str | None, str]:
@@ -192,21 +184,10 @@ def find_math(completion: str) -> tuple[str | None, str]:
     return (answer, "last number") if answer else (None, "none")
 
 
-# What keyboards and models write, in LaTeX
-SIGNS = {"−": "-", "–": "-", "∞": r"\infty ", "π": r"\pi ", "θ": r"\theta ", "×": r"\times ", "·": r"\cdot ", "÷": "/"}
-SIGNS |= {"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "±": r"\pm ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}
-SIGNS |= {"∅": r"\emptyset ", "\\varnothing": r"\emptyset ", "°": r"^\circ ", "²": "^2", "³": "^3", "½": r"\frac12 "}
-SIGNS |= {
-    "\\{": r"\lbrace ",
-    "\\}": r"\rbrace ",
-    "\\$": "",
-    "$": "",
-    "\\%": "",
-    "%": "",
-    "**": "^",
-    "\n": " ",
-    "~": " ",
-}
+# What keyboards and models write, in LaTeX, where math-verify does not read it
+SIGNS = {"−": "-", "–": "-", "∞": r"\infty ", "·": r"\cdot ", "±": r"\pm ", "∈": r"\in ", "°": r"^\circ ", "²": "^2"}
+SIGNS |= {"³": "^3", "½": r"\frac12 ", "\\varnothing": r"\emptyset ", "**": "^", "\n": " ", "~": " "}
+SIGNS |= dict.fromkeys(("\\$", "$", "\\%", "%"), "")
 SIGN = re.compile("|".join(map(re.escape, sorted(SIGNS, key=len, reverse=True))))
 TEXT = r"\\(?:text|mbox|mathrm|textrm|textbf|textit|mathbf|textnormal|operatorname)\s*"
 FACTOR = r"(?:hundred|thousand|million|billion|trillion|dozen|[apAP]\.?\s?[mM]\b)"  # no units: they change the value
@@ -236,7 +217,6 @@ def spelling(answer: str) -> str:
     s = re.sub(rf"{TEXT}\{{([^{{}}]*)\}}", r" \1 ", s)
     if re.fullmatch(r"\s*-?\s*\d{1,3}([, ]\d{3})+(\.\d+)?\s*", s):
         s = re.sub(r"[, ]", "", s)
-    s = s.replace(r"\lbrace", r"\{").replace(r"\rbrace", r"\}")
     return re.sub(r"\s+", " ", s).strip(" ,;")
 
 
@@ -244,10 +224,10 @@ _worker = None
 
 
 @lru_cache(maxsize=100_000)
-def algebra(*question: str, seconds: float = 5.0) -> bool | str:
-    """What algebra.py answers, from a process that is killed when it takes too long: no alarm stops 9^{9^{9^9}}."""
+def algebra(*question: str) -> bool | str:
+    """What algebra.py answers, a process of its own that the kernel ends after five seconds with one question."""
     global _worker
-    for _ in range(2):  # again where the process ended by itself, before the question or over it
+    for _ in range(2):  # again where the process ended otherwise, before the question or over it
         if _worker is None:
             command = [sys.executable, "-I", str(Path(__file__).with_name("algebra.py"))]
             _worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -257,13 +237,10 @@ def algebra(*question: str, seconds: float = 5.0) -> bool | str:
         with contextlib.suppress(BrokenPipeError):
             _worker.stdin.write(json.dumps(question).encode() + b"\n")
             _worker.stdin.flush()
-        in_time = bool(select.select([_worker.stdout], [], [], seconds)[0])
-        if in_time and (answer := _worker.stdout.readline()):
+        if answer := _worker.stdout.readline():
             return json.loads(answer)
-        _worker.kill()
-        _worker.wait()
-        _worker = None
-        if not in_time:
+        late, _worker = _worker.wait() == -signal.SIGALRM, None
+        if late:
             break
     return False
 

@@ -313,6 +313,7 @@ def test_where_the_math_answer_is_found():
         ("\\boxed{5} and then \\boxed{6", "5", "marker"),
         ("\\boxed{}", None, "none"),
         ("The answer is $\\frac{1}{2}$.", "\\frac{1}{2}", "phrase"),
+        ("The answer is $\\$40$.", "\\$40", "phrase"),
         ("The final answer is 7. I hope it is correct.", "7", "phrase"),
         ("The answer is **5**.", "5", "phrase"),
         ("The answer is $x=1$ or $x=2$.", "x=1  or  x=2", "phrase"),
