@@ -272,7 +272,7 @@ def equal_math(found: str, expected: str) -> bool:
     if any(based):
         digits = [m[1] if m else s for m, s in zip(based, (f, e))]
         return digits[0] == digits[1] and (not all(based) or based[0][2] == based[1][2])
-    if ("," in f) != ("," in e) and not re.search(r"\\pm|[<>]|\\[lg]eq?", f + e):  # a list is no number
+    if ("," in f) != ("," in e) and not re.search(r"\\pm|[<>≤≥]|\\[lg]eq?", f + e):  # a list is no number
         return False
     if "".join(s[0] for s in (f.lstrip("\\"), e.lstrip("\\"))) in ("{(", "({", "{[", "[{"):
         return False

@@ -48,19 +48,13 @@ def pack(value, depth=0):
     return {"opaque": type(value).__name__}  # equal to nothing, true in a condition
 
 
-def ratio(content):
-    from fractions import Fraction  # imports re: only where it is needed
-
-    return Fraction(*unpack(content))
-
-
 UNPACK = {
     "int": lambda content: int(content, 16),
     "float": float,
     "complex": complex,
     "dict": lambda content: {unpack(k): unpack(v) for k, v in content},
     "set": lambda content: set(map(unpack, content)),
-    "ratio": ratio,
+    "ratio": lambda content: __import__("fractions").Fraction(*unpack(content)),  # slow to import, seldom needed
     "opaque": lambda content: object(),
 }
 
@@ -96,12 +90,6 @@ def set_limits(seconds):
         hard = resource.getrlimit(kind)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (value, value))
-
-
-def drop_capabilities():
-    """Root without the rights of root: no look into other processes, no limit raised again."""
-    header, none = struct.pack("Ii", 0x20080522, 0), b"\0" * 24
-    call("capset", header, none)
 
 
 def enter_landlock(packages):
@@ -177,7 +165,8 @@ def main():
         seconds, doors, packages, program, name = unpack(eval(lines.readline()))
         sys.path += packages
         set_limits(seconds)
-        drop_capabilities()
+        # root without the rights of root: no look into other processes, no limit raised again
+        call("capset", struct.pack("Ii", 0x20080522, 0), b"\0" * 24)
         if "landlock" in doors:
             enter_landlock(packages)
         enter_seccomp()

@@ -20,18 +20,12 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.prod(1.0 - other / i for i in range(n - few + 1, n + 1))
 
 
-def bootstrap(values, seed: int = 0, draws: int = 4000) -> tuple[float, float]:
-    """95% interval of the mean of one value per problem: percentiles over problems drawn again with replacement."""
-    values = np.asarray(values, dtype=float)
-    rng = np.random.default_rng(seed)
+def bootstrap(values, seed: int = 0, draws: int = 4000) -> dict:
+    """The mean of one value per problem, and its 95% interval: percentiles over problems drawn with replacement."""
+    values, rng = np.asarray(values, dtype=float), np.random.default_rng(seed)
     means = [values[rng.integers(len(values), size=(100, len(values)))].mean(1) for _ in range(draws // 100)]
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
-
-
-def mean_with_interval(values, seed: int = 0) -> dict:
-    low, high = bootstrap(values, seed)
-    return {"mean": float(np.mean(values)), "low": low, "high": high}
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def maj_at_k(answers: list[str | None], right: list[bool], k: int, seed: int = 0) -> float:
@@ -138,16 +132,16 @@ def measure(args, settings: dict, ks: list[int], problems, rows, grades, embed=N
     for problem, row in zip(result["problems"], right):
         problem["c"] = sum(row)
     passes = {k: [pass_at_k(len(row), sum(row), k) for row in right] for k in ks}
-    result["pass@k"] = {k: mean_with_interval(passes[k], args.seed) for k in ks}
+    result["pass@k"] = {k: bootstrap(passes[k], args.seed) for k in ks}
     if args.task != "humaneval":
         votes = {k: [maj_at_k(a, ok, k, args.seed) for a, ok in zip(answers, right)] for k in ks}
-        result["maj@k"] = {k: mean_with_interval(votes[k], args.seed) for k in ks}
+        result["maj@k"] = {k: bootstrap(votes[k], args.seed) for k in ks}
         different = [len(set(row) - {None}) / len(row) for row in answers]
         result["diversity"]["distinct_answers"] = float(np.mean(different))
     result["splits"] = {}
     for group in sorted({problem["group"] for problem in problems} - {None}):
         members = [i for i, problem in enumerate(problems) if problem["group"] == group]
-        cells = {k: mean_with_interval([passes[k][i] for i in members], args.seed) for k in ks}
+        cells = {k: bootstrap([passes[k][i] for i in members], args.seed) for k in ks}
         result["splits"][group] = {"problems": len(members), "pass@k": cells}
     result["found_by"] = dict(Counter(name for row in how for name in row))
     return result
@@ -160,4 +154,4 @@ def paired_difference(a: dict, b: dict, k: int, seed: int = 0) -> dict | None:
     if not shared or any(side[i][0] < k for side in counts for i in shared):
         return None
     values = [pass_at_k(*counts[1][i], k) - pass_at_k(*counts[0][i], k) for i in shared]
-    return {"problems": len(shared), "k": k} | mean_with_interval(values, seed)
+    return {"problems": len(shared), "k": k} | bootstrap(values, seed)

@@ -21,7 +21,6 @@ import select
 import signal
 import subprocess
 import sys
-import weakref
 from functools import lru_cache
 from pathlib import Path
 
@@ -103,7 +102,7 @@ def run_job(job):
 
 def drive():
     """The driver's main loop: a job a line on standard input, what run_job yields as lines on standard output."""
-    call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # dies with the caller
+    call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # dies with the caller's thread
     call("prctl", 4, 0, 0, 0, 0)  # not dumpable: its memory, with the tests in it, cannot be read through /proc
     replies, null = os.fdopen(os.dup(1), "w"), os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):  # a test that prints disturbs nobody
@@ -117,23 +116,17 @@ def drive():
 # caller
 
 
-def end_driver(process):
-    process.kill()  # the candidate follows: it dies with its parent
-    process.communicate()
-
-
 class Sandbox:
     """One driver process, started when first needed and again after an error. Not for several threads at once."""
 
     def __init__(self, use=("landlock", "seccomp")):
-        self.use, self.process, self.end = tuple(use), None, None
+        self.use, self.process = tuple(use), None
 
     def start(self):
         environment = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
         options = {"env": environment, "bufsize": 0, "cwd": "/", "start_new_session": True}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         self.process = subprocess.Popen(fresh_python("sandbox", "drive"), **pipes, **options)
-        self.end = weakref.finalize(self, end_driver, self.process)  # at exit too, or with its thread
 
     def read(self, seconds):
         """The driver's next line; None where it does not come in time."""
@@ -168,9 +161,10 @@ class Sandbox:
         return tuple(verdict)
 
     def close(self):
-        if self.end is not None:
-            self.end()
-        self.process = self.end = None
+        if self.process:
+            self.process.kill()  # the candidate follows: it dies with its parent
+            self.process.communicate()
+        self.process = None
 
     def __enter__(self):
         return self

@@ -76,8 +76,8 @@ def test_intervals_cover():
     hits = 0
     for trial in range(300):
         values = table[rng.binomial(16, rng.beta(0.5, 1.0, size=80))]
-        low, high = bootstrap(values, seed=trial, draws=600)
-        hits += low <= truth <= high
+        cell = bootstrap(values, seed=trial, draws=600)
+        hits += cell["low"] <= truth <= cell["high"]
     assert 0.91 <= hits / 300 <= 0.98
 
 
@@ -94,8 +94,8 @@ def test_intervals_of_paired_differences_cover_and_are_narrower():
         assert d["problems"] == 80 and math.isclose(d["mean"], (sides[1] - sides[0]).mean() / 64, abs_tol=1e-12)
         hits += d["low"] <= 0.05 <= d["high"]
         paired_width += d["high"] - d["low"]
-        low, high = bootstrap(sides[1] / 64 - rng.permutation(sides[0]) / 64, seed=trial, draws=400)
-        alone_width += high - low
+        alone = bootstrap(sides[1] / 64 - rng.permutation(sides[0]) / 64, seed=trial, draws=400)
+        alone_width += alone["high"] - alone["low"]
     assert 0.90 <= hits / 200 <= 0.985
     assert paired_width < 0.4 * alone_width
     assert paired_difference(a, {"problems": [{"id": "x", "n": 1, "c": 1}]}, 1) is None
