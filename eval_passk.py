@@ -235,14 +235,11 @@ def read_samples(directory: Path) -> tuple[dict[tuple, dict], int]:
 
 
 def append(path: Path, rows: list[dict]) -> None:
-    """A line is one write, so that a kill tears at most the last one; a torn one is ended before the next."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-    size = os.fstat(file).st_size
-    torn = size and os.pread(file, 1, size - 1) != b"\n"
-    for data in [b"\n"] * bool(torn) + [json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows]:
-        while data:
-            data = data[os.write(file, data) :]
-    os.close(file)
+    """Adds rows; a kill tears at most the last line, and a torn one is ended before the next."""
+    with open(path, "a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        file.write(b"\n" * (file.read() not in (b"", b"\n")))
+        file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
 
 
 def sample_all(args, accelerator, directory: Path, problems, prompts, runs, tokenizer, weights: str) -> None:
@@ -250,13 +247,9 @@ def sample_all(args, accelerator, directory: Path, problems, prompts, runs, toke
     have, torn = read_samples(directory)
     if torn:
         accelerator.print(f"{torn} torn line(s) of a killed run skipped")
-    hashes, lengths = [digest(p) for p in prompts], [len(p) for p in prompts]
-
-    def key(config, i, index):
-        return (config, problems[i]["id"], hashes[i], index)
-
-    plan = make_plan(problems, lengths, args.n, args.max_new_tokens, args.tokens_per_device)
-    todo = [(*run, batch) for run in runs for batch in plan if any(key(run[0], *cell) not in have for cell in batch)]
+    keys = [(problem["id"], digest(ids)) for problem, ids in zip(problems, prompts)]
+    plan = make_plan(problems, list(map(len, prompts)), args.n, args.max_new_tokens, args.tokens_per_device)
+    todo = [(*run, batch) for run in runs for batch in plan if any((run[0], *keys[i], j) not in have for i, j in batch)]
     if not todo:  # on all processes alike: nobody waits for anybody
         return
     accelerator.wait_for_everyone()  # everyone has read the files before anyone writes
@@ -278,9 +271,9 @@ def sample_all(args, accelerator, directory: Path, problems, prompts, runs, toke
             drawn_now = sample_batch(model, tokenizer, *shared, seeds, settings, stopper)
             for (i, index), (tokens, logp, end) in zip(batch, drawn_now):
                 drawn += len(tokens)
-                if key(config, i, index) in have:
+                if (config, *keys[i], index) in have:
                     continue
-                row = dict(zip(("config", "problem", "prompt", "index"), key(config, i, index)))
+                row = dict(zip(("config", "problem", "prompt", "index"), (config, *keys[i], index)))
                 text = cut(completion_text(tokenizer, prompts[i], tokens), settings["stop"])
                 rows.append(row | {"text": text, "tokens": len(tokens), "logp": logp, "end": end})
             append(path, rows)
@@ -341,12 +334,10 @@ def grade_all(args: Args, problems: list[dict], texts: list[list[str]]) -> list[
 
 
 def read_results(path: str) -> dict:
-    try:
+    with failing(f"{path}: no results.json of this script"):
         results = json.loads(Path(path).read_text())
         assert results["temperatures"] and results["name"] and results["task"]
         return results
-    except (OSError, ValueError, KeyError, TypeError, AssertionError):
-        fail(f"{path}: no results.json of this script")
 
 
 def some_of(ks: list) -> list:
@@ -509,9 +500,7 @@ def claim(args: Args, name: str, subject: dict) -> Path:
 
 def given_samples(args: Args, problems: list[dict]) -> tuple[list[dict], list[list[dict]]]:
     """The problems that --samples has completions of, and these, in the order of the file."""
-    known = {}
-    for problem in problems:
-        known |= {problem["question"]: problem["id"], problem["row"].get("task_id"): problem["id"]}
+    known = {p["question"]: p["id"] for p in problems} | {p["row"].get("task_id"): p["id"] for p in problems}
     rows = defaultdict(list)
     names = ("question", "problem", "prompt", "task_id")
     for number, row in enumerate(read_rows(args.samples, "", "")[0], 1):
@@ -554,11 +543,8 @@ def draw_samples(args: Args, name: str, problems: list[dict]) -> tuple[Path, dic
     form = encode(tokenizer, prompt_texts(args, tokenizer, [{"question": "?"}])[0])  # the prompt around the question
     subject = {"weights": fixed["weights"], "task": args.task, "prompt": digest(form)}
     directory = claim(args, name, subject)
-    accelerator.print(
-        f"{name}: {len(problems)} problems of {args.task}, {args.n} samples at each of {len(runs)} temperatures"
-    )
-    first = tokenizer.decode(prompts[0])
-    accelerator.print(f"first prompt as the model sees it: {first!r}; ends at {stops or 'its end token'}")
+    accelerator.print(f"{name}: {len(problems)} problems of {args.task}, {args.n} samples, {len(runs)} temperatures")
+    accelerator.print(f"first prompt: {tokenizer.decode(prompts[0])!r}; ends at {stops or 'its end token'}")
     sample_all(args, accelerator, directory, problems, prompts, runs, tokenizer, weights)
     accelerator.wait_for_everyone()
     if not accelerator.is_main_process:
