@@ -85,7 +85,6 @@ class Args:
     overwrite: bool = False  # Replace a results.json of another model, prompt or task; samples are kept apart anyway
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # sampling
 
 
@@ -281,7 +280,6 @@ def sample_all(args, accelerator, directory: Path, problems, prompts, runs, toke
             bar.set_postfix_str(f"{drawn / (time.monotonic() - start):,.0f} tokens/s, T={settings['temperature']:g}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # grading: how answers are read and compared is in grading/answers.py, how programs are run in grading/sandbox.py
 
 _sandboxes = threading.local()
@@ -301,8 +299,10 @@ def run_humaneval(problem: dict, completion: str, timeout: float = 3.0) -> bool:
     raise sandbox.SandboxError(f"{problem['entry_point']}: {reason}")
 
 
-def grade(task: str, problem: dict, text: str) -> tuple[bool, str | None, str]:
+def grade(task: str, problem: dict, text: str, timeout: float = 3.0) -> tuple[bool, str | None, str]:
     """(right, a name that equal answers share, how the answer was found) for a task with answers."""
+    if task == "humaneval":
+        return run_humaneval(problem["row"], text, timeout), None, "program"
     find, right = (find_math, grade_math) if task == "math" else (find_gsm8k, grade_gsm8k)
     answer, how = find(text)
     if answer is None or right(text, problem["reference"]):
@@ -315,9 +315,7 @@ def grade_all(args: Args, problems: list[dict], texts: list[list[str]]) -> list[
     jobs = list({(i, text) for i, row in enumerate(texts) for text in row})
 
     def work(job):
-        if args.task == "humaneval":
-            return run_humaneval(problems[job[0]]["row"], job[1], args.timeout), None, "program"
-        return grade(args.task, problems[job[0]], job[1])
+        return grade(args.task, problems[job[0]], job[1], args.timeout)
 
     # one thread where answers are compared: they share a process
     with ThreadPoolExecutor(os.cpu_count() if args.task == "humaneval" else 1) as pool:
@@ -329,7 +327,6 @@ def grade_all(args: Args, problems: list[dict], texts: list[list[str]]) -> list[
     return [[done[i, text] for text in row] for i, row in enumerate(texts)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # figures and tables
 
 
@@ -424,10 +421,6 @@ def compare(directory: Path, results: list[dict]) -> None:
                     sure = "" if d["low"] <= 0 <= d["high"] else " *"
                     print(f"T={t} pass@{k}: {last['name']} - {other['name']} = {about}{sure}")
     figure(directory / "passk.png", results)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# main
 
 
 def check_args(args: Args) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from preferences import fail
 
-# ---------------------------------------------------------------------------------------------------------------------
 # what of a completion is the answer to its question
 
 THOUGHT = re.compile(
@@ -83,7 +82,6 @@ def find_code(completion: str, name: str) -> str:
     return "\n    pass\n\n" + textwrap.dedent(whole[-1]) if whole else pieces[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # GSM8K: numbers
 
 SPACE = r"[ \u00a0\u2009\u202f]"
@@ -156,7 +154,6 @@ def grade_gsm8k(completion: str, reference: str) -> bool:
     return find_gsm8k(completion)[0] == expected
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # MATH: expressions
 
 MATHS = re.compile(r"\$\$?((?:\\.|[^$\\])+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)

@@ -15,7 +15,6 @@ MEGABYTE = 1 << 20
 LONGEST = MEGABYTE  # bytes of an argument list or a result
 MEMORY = 1024 * MEGABYTE  # address space; numpy needs 0.3 GB of it
 
-# ---------------------------------------------------------------------------------------------------------------------
 # values that cross: literals, with the few types that equal a literal in the official check turned into tags
 
 
@@ -68,7 +67,6 @@ def unpack(value):
     return UNPACK[tag](content)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # the doors
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -142,9 +140,6 @@ def enter_seccomp():
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     block = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
     call("prctl", 22, 2, ctypes.addressof(block), 0, 0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def main():

@@ -42,7 +42,6 @@ def fresh_python(module, function, *flags):
     return [sys.executable, "-I", *flags, "-c", code]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # driver: runs the official check on a proxy
 
 
@@ -112,7 +111,6 @@ def drive():
             print(json.dumps(reply), file=replies, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # caller
 
 
