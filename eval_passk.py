@@ -375,7 +375,8 @@ def figure(path: Path, results: list[dict]) -> None:
     axes[0].set_xticks(ks, map(str, ks))
     first = next(iter(results[0]["temperatures"].values()))
     about = f"{len(first['problems'])} problems, {first['n']} samples, 95% intervals"
-    drawing.suptitle(f"{results[0]['name']}, {Path(results[0]['task']).name}: {about}", fontsize=11)
+    names = ", ".join(result["name"] for result in results)
+    drawing.suptitle(f"{names}; {Path(results[0]['task']).name}: {about}", fontsize=11)
     drawing.savefig(path, dpi=130)
     plt.close(drawing)
     print(f"figure in {path}")
