@@ -415,7 +415,7 @@ def main(args: Args) -> None:
             part.save_pretrained(folder / "model.writing")
         shutil.rmtree(folder / "model", ignore_errors=True)
         os.replace(folder / "model.writing", folder / "model")
-    accelerator.print(f"\n{'evaluation pairs' if eval_data else 'training batches'}: start -> end")
+    accelerator.print(f"\n{'evaluation pairs: start -> end' if eval_data else 'of two training batches: first, last'}")
     for name in shown:
         first, last = (row[f"eval/{name}" if eval_data else name] for row in (history[not eval_data], history[-1]))
         accelerator.print(f"  {name:<18}{first:9.4f} -> {last:9.4f}")
