@@ -366,8 +366,11 @@ def test_options_that_would_move_the_border():
 
 
 def test_messages_out_of_order():
-    backwards = "{% for m in messages | reverse %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
-    assert "the chat template fails" in refused([pair(USER, GOOD, {**USER, "content": "again?"})], backwards)
+    """Users' turns first, then the answers: all is there, and no conversation any more."""
+    turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    roles = [f"{{% for m in messages if m.role == '{role}' %}}{turn}{{% endfor %}}" for role in ("user", "assistant")]
+    message = refused([pair(USER, GOOD, {**USER, "content": "again?"})], "".join(roles) + ASK)
+    assert 'it leaves out something of "user" in the prompt' in message
 
 
 def test_system_turn_in_the_last_question():
