@@ -55,9 +55,22 @@ class Verdict:
     """What the paper says, in a sentence"""
     threshold: str
     """What has to be measured here for "holds"; written in the file before its numbers were seen"""
-    holds: bool
+    holds: bool | None
+    """None: undecided, the error is larger than the effect"""
     numbers: str
     """What was measured, with the spread over seeds"""
+    where: str = "toy"
+    """What it was measured on: "exact" (closed form, or all outcomes enumerated), "toy" or "real model"."""
+
+
+def decide(effect: float, error: float, at_least: float = 0.0) -> bool | None:
+    """Whether an effect is above a threshold: None where it is nearer to it than two standard errors."""
+    return None if abs(effect - at_least) < 2 * error else effect > at_least
+
+
+def said(holds: bool | None) -> str:
+    """A verdict in words."""
+    return {True: "holds", False: "does not hold", None: "undecided"}[holds]
 
 
 def spread(values: Sequence[float], digits: int = 3) -> str:
@@ -174,7 +187,7 @@ def save(args, name: str, verdicts: Sequence[Verdict], text: str, figure) -> Non
     """
     figure.savefig(folder(args) / f"{name}.png", dpi=110)
     lines = [
-        f"**Claim {v.claim}** ({v.paper}): {v.statement}\n\n- {'**holds**' if v.holds else '**does not hold**'}: "
+        f"**Claim {v.claim}** ({v.paper}; {v.where}): {v.statement}\n\n- **{said(v.holds)}**: "
         f"{v.numbers}\n- threshold: {v.threshold}\n"
         for v in verdicts
     ]

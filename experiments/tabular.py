@@ -19,18 +19,20 @@ alpha/beta in the lines below it.
 import itertools
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import report
 import torch
 import tyro
-from report import Verdict
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import dpl  # noqa: E402
 import hdpo  # noqa: E402
+
+Verdict = partial(report.Verdict, where="exact")
 
 # Thresholds
 PROBABILITY = 1e-6  # largest |pi(y) - closed form|, over all outcomes and settings

@@ -140,19 +140,32 @@ def test_reference_cost(tmp_path):
 
 
 def verdict(claim, holds):
-    return {"claim": claim, "paper": "P", "statement": "S", "threshold": "T", "holds": holds, "numbers": "1"}
+    line = {"claim": claim, "paper": "P", "statement": "S", "threshold": "T", "holds": holds, "numbers": "1"}
+    return line | {"where": "exact"}
 
 
 def test_all_joins_the_verdicts_in_order(tmp_path):
     for name, claims in (("tabular", (3, 3, 4)), ("gaussians", (1, 2))):
         data = {"commit": "c", "machine": "m", "seconds": 1, "fast": False}
-        data["verdicts"] = [verdict(claim, claim != 4) for claim in claims]
+        data["verdicts"] = [verdict(claim, {4: False, 2: None}.get(claim, True)) for claim in claims]
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
     page = run_all.join(tmp_path)
-    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ") and "---" not in line][1:]
-    assert [row[0] for row in rows] == ["| 1", "| 2", "| 3", "| 3", "| 4"]
-    assert [row[3] for row in rows] == ["holds"] * 4 + ["**does not hold**"]
-    assert "4 of 5 lines hold" in page and "gaussians.png" in page and "tabular.png" in page and "on m." in page
+    tables = [[line.split(" | ") for line in part.splitlines() if line.startswith("| ")] for part in page.split("## E")]
+    first, every = tables[0][2:], tables[1][2:]
+    assert [row[0] for row in first] == [f"| {number}" for number in range(1, 16)]
+    cells = ["holds ([gaussians](#gaussians))", "undecided ([gaussians](#gaussians))"]
+    cells += ["2 x holds ([tabular](#tabular))", "does not hold ([tabular](#tabular))"]
+    assert [row[3] for row in first[:4]] == cells
+    assert [row[0] for row in every] == ["| 1", "| 2", "| 3", "| 3", "| 4"]
+    said = ["**holds**", "**undecided**", "**holds**", "**holds**", "**does not hold**"]
+    assert [row[4] for row in every] == said
+    assert "5 tests: holds 3, undecided 1, does not hold 1" in page
+    assert "gaussians.png" in page and "tabular.png" in page and "on m." in page
+
+
+def test_an_effect_within_its_error_is_undecided():
+    assert report.decide(0.1, 0.04) is True and report.decide(-0.1, 0.04) is False
+    assert report.decide(0.1, 0.06) is None and report.decide(0.1, 0.04, at_least=0.05) is None
 
 
 def test_all_runs_what_it_is_told_to(tmp_path):
@@ -164,7 +177,7 @@ def test_all_runs_what_it_is_told_to(tmp_path):
 
 def test_every_experiment_is_run_by_all():
     files = {path.stem for path in (report.ROOT / "experiments").glob("*.py")} - {"all", "report"}
-    assert files == set(run_all.EXPERIMENTS)
+    assert files == {*run_all.EXPERIMENTS, *(name for name in run_all.APART if name in files)}
 
 
 def test_fast_versions_never_replace_the_results():
