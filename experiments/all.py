@@ -94,7 +94,7 @@ def join(results: Path) -> str:
     page = (
         "# What the papers claim, and what we found\n\n"
         + "From fast versions, whose verdicts mean nothing.\n\n" * any(one["fast"] for one in found.values())
-        + f'{len(lines)} tests: {", ".join(f"{count} {said}" for said, count in counts.most_common())}. "Exact" is a '
+        + f'{len(lines)} tests: {", ".join(f"{said} {count}" for said, count in counts.most_common())}. "Exact" is a '
         "closed form, or every outcome enumerated; the toy is a language model of 0.8M parameters that works sums; "
         "undecided is what has an error larger than its effect.\n\n"
         + overview(lines)
