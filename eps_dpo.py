@@ -39,8 +39,6 @@ from typing import Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # CPU threads that spin while they wait slow each other down
 
-import matplotlib.pyplot as plt
-import pandas
 import torch
 import torch.distributed.checkpoint as dcp
 import tyro
@@ -55,6 +53,7 @@ from transformers import get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import common
+import look
 from common import collate, fail, failing, load_model, load_preferences, micro_batches, response_logits, sum_responses
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as it is on one device, at checkpoints
@@ -148,9 +147,8 @@ def bf16_logratios(chunks, batch, epsilon: float):
 
 def freeze(model, dtype: torch.dtype):
     """Linear layers in dtype, as autocast would have them at every call; what it leaves in float32 stays so."""
-    embeddings = model.get_input_embeddings().weight
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module.weight is not embeddings:
+        if isinstance(module, torch.nn.Linear) and module.weight is not model.get_input_embeddings().weight:
             module.to(dtype)
     return model.requires_grad_(False)
 
@@ -187,13 +185,16 @@ def forward(model, reference, batch, beta: float, args: Args, chunk: int = 512) 
 
 
 MAY_BE_ZERO = {"steps", "warmup", "seed", "lora_rank", "lora_dropout", "epsilon", "step_epsilon"}
-PANELS = ["loss", "logps/chosen logps/rejected", "rewards/accuracy", "beta", "share/beta_minus share/beta_plus", "kl"]
+PANELS = {"loss": "nats", "logps/chosen logps/rejected": "nats a token", "rewards/accuracy": "share of pairs"}
+PANELS |= {"beta": "mean over pairs", "share/beta_minus share/beta_plus": "share of pairs", "kl": "nats"}
 # ALGO: end
 
 
 # In the order in which they are deleted: args.json, without which a folder is no run, comes last.
-RUN = ("metrics.jsonl", "curves.png", "checkpoints", "model.writing", "model", "adapter", "reference", "args.json")
-MAY_DIFFER = {"output_dir", "resume", "overwrite", "tokens_per_device", "save_every", "track", "gradient_checkpointing"}
+RUN = ("metrics.jsonl", "curves.png", "samples.md", "checkpoints", "model.writing", "model", "adapter", "reference")
+RUN += ("tensorboard", "wandb", "args.json")
+MAY_DIFFER = {"output_dir", "resume", "overwrite", "tokens_per_device", "save_every", "eval_every", "track"}
+MAY_DIFFER |= {"gradient_checkpointing"}
 
 
 def check_output_dir(args: Args) -> str:
@@ -213,24 +214,13 @@ def check_output_dir(args: Args) -> str:
         fail(f"{folder} already holds a run: choose another --output-dir, --resume it or --overwrite it; choose one")
     before = json.loads((folder / "args.json").read_text()) if taken and args.resume else {}
     free = MAY_DIFFER - ({"tokens_per_device"} if args.lora_dropout else set())  # what is dropped depends on the rows
+    if args.schedule == "constant_with_warmup" and not 0 < args.warmup < 1:
+        free |= {"epochs", "steps"}  # a longer run has the same learning rates
     for name, now in vars(args).items():
         if before and name not in free and now != before.get(name):
-            fail(f"--resume with --{name.replace('_', '-')} {now}, but {folder} was started with {before.get(name)}")
+            hint = "; a longer run takes a constant schedule and --warmup in steps" * (name in ("epochs", "steps"))
+            fail(f"--resume with --{name.replace('_', '-')} {now}, but it was started with {before.get(name)}{hint}")
     return before.get("began", str(date.today()))
-
-
-def plot_curves(path: Path, history: list[dict]) -> None:
-    """The metrics of PANELS over the steps: training as lines, evaluation as lines with dots."""
-    plt.switch_backend("Agg")
-    frame = pandas.DataFrame(history).set_index("step")
-    panels = ([key for name in names.split() for key in (name, f"eval/{name}") if key in frame] for names in PANELS)
-    panels = [keys for keys in panels if keys]
-    figure, axes = plt.subplots(len(panels), figsize=(7, 2.5 * len(panels)), layout="tight")
-    for axis, keys in zip(axes, panels):
-        for key in keys:
-            frame[key].dropna().plot(ax=axis, style=".-" if key.startswith("eval/") else "-", legend=True)
-    figure.savefig(path)
-    plt.close(figure)
 
 
 def main(args: Args) -> None:
@@ -326,6 +316,8 @@ def main(args: Args) -> None:
     state = json.loads((checkpoints[-1] / "state.json").read_text()) if checkpoints else {"step": 0, "data": data}
     if state["data"] != data:
         fail(f"--resume: the pairs are not the ones that the run in {folder} was started with")
+    if state["step"] > total_steps:
+        fail(f"--resume: the run in {folder} has done {state['step']} steps already, more than {total_steps}")
     accelerator.wait_for_everyone()
     if main_process:
         unused = [*checkpoints[:-2], folder / "checkpoints" / "writing"]
@@ -334,7 +326,9 @@ def main(args: Args) -> None:
         (folder / "args.json.writing").write_text(json.dumps(vars(args) | {"began": began}, indent=2) + "\n")
         os.replace(folder / "args.json.writing", folder / "args.json")
     accelerator.wait_for_everyone()
-    accelerator.init_trackers(folder.name, config=vars(args))
+    logs = {"": "", "tensorboard": "tensorboard", "wandb": os.environ.get("WANDB_PROJECT", "preference-optimisation")}
+    wandb = {"name": os.environ.get("WANDB_NAME", folder.name), "dir": args.output_dir}
+    accelerator.init_trackers(logs[args.track], config=vars(args), init_kwargs={"wandb": wandb})
     # ALGO: begin
     if args.lora_rank and not args.ref_model:
         reference = accelerator.unwrap_model(model)  # with its adapters off
@@ -390,9 +384,11 @@ def main(args: Args) -> None:
         dcp.load(saved, checkpoint_id=checkpoints[-1], no_dist=accelerator.num_processes == 1)
         dcp_state.set_state_dict(model, optimizer, **saved, options=trained_only)
         schedule.load_state_dict(state["schedule"])
+        accelerator.print(f"resumed behind step {state['step']} of {total_steps}")
     else:
         log({"step": 0, **(evaluate() if eval_data else {})})
 
+    title = f"{args.model} trained by {Path(__file__).name} on {args.dataset}"
     shown = ("loss", "logps/chosen", "logps/rejected", "rewards/accuracy")
     begin, total = state["step"] * args.batch_size, total_steps * args.batch_size
     dropout.train()
@@ -427,7 +423,8 @@ def main(args: Args) -> None:
         # ALGO: begin
         state["beta"] = row["beta"]
         # ALGO: end
-        row["tokens_per_second"] = sum(lengths[i] for i in pairs) / (time.perf_counter() - started)
+        row |= {"seconds": time.perf_counter() - started, "memory_gb": look.peak_memory(accelerator.device)}
+        row["tokens_per_second"] = sum(lengths[i] for i in pairs) / row["seconds"]
         done = step + 1 == total_steps
         if eval_data and (done or (step + 1) % args.eval_every == 0):
             row |= evaluate()
@@ -442,7 +439,7 @@ def main(args: Args) -> None:
             dcp.save(training_state(), checkpoint_id=writing, no_dist=accelerator.num_processes == 1)
             if main_process:
                 (writing / "state.json").write_text(json.dumps(state))
-                plot_curves(folder / "curves.png", history)  # before the rename, behind which no run would mend it
+                look.plot_curves(folder / "curves.png", title, history, PANELS)  # while a resumed run would mend it
                 os.replace(writing, folder / "checkpoints" / f"step-{step + 1:08d}")
                 for old in sorted(folder.glob("checkpoints/step-*"))[:-2]:
                     os.replace(old, writing)
@@ -455,21 +452,24 @@ def main(args: Args) -> None:
     weights = dcp_state.get_model_state_dict(model, options=options)
     if main_process:
         fresh = load_model(args.model, "auto")
+        before = look.answers(fresh, tokenizer, eval_data or train_data)
         fresh = get_peft_model(fresh, lora) if args.lora_rank else fresh
         assert not fresh.load_state_dict(weights, strict=False).unexpected_keys
         if args.lora_rank:
             fresh.save_pretrained(folder / "adapter")
-            tokenizer.save_pretrained(folder / "adapter")
             fresh = fresh.merge_and_unload()
-        for part in (fresh, tokenizer):
-            part.save_pretrained(folder / "model.writing")
+        fresh.save_pretrained(folder / "model.writing")
+        for path in [folder / "model.writing"] + [folder / "adapter"] * bool(args.lora_rank):
+            tokenizer.save_pretrained(path)
+            look.write_card(path, title, __doc__, vars(args), MAY_DIFFER, history[-1])
+        look.write_samples(folder / "samples.md", before, look.answers(fresh, tokenizer, eval_data or train_data))
         shutil.rmtree(folder / "model", ignore_errors=True)
         os.replace(folder / "model.writing", folder / "model")
     accelerator.print(f"\n{'evaluation pairs: start -> end' if eval_data else 'of two training batches: first, last'}")
     for name in shown:
         first, last = (row[f"eval/{name}" if eval_data else name] for row in (history[not eval_data], history[-1]))
         accelerator.print(f"  {name:<18}{first:9.4f} -> {last:9.4f}")
-    accelerator.print(f"figure  {folder}/curves.png\nmodel   {folder}/model")
+    accelerator.print(f"{look.pace(history, args.batch_size)}\nin {folder}: model/, curves.png, samples.md")
     accelerator.end_training()
 
 

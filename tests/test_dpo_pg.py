@@ -23,7 +23,7 @@ from dpo_pg import project
 def no_figures(monkeypatch):
     """They take longer than the runs."""
     for script in (dpo_pg, hdpo):
-        monkeypatch.setattr(script, "plot_curves", lambda *_: None)
+        monkeypatch.setattr(script.look, "plot_curves", lambda *_: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

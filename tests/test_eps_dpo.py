@@ -25,7 +25,7 @@ BOTH = ("chosen", "rejected")
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take longer than the runs."""
-    monkeypatch.setattr(eps_dpo, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(eps_dpo.look, "plot_curves", lambda *_: None)
 
 
 def policy_of(reference, size=0.02, seed=1):

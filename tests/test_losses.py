@@ -310,7 +310,7 @@ def furthest(ours, theirs, base) -> float:
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take longer than the runs."""
-    monkeypatch.setattr(hdpo, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(hdpo.look, "plot_curves", lambda *_: None)
 
 
 def test_ten_steps_of_a_slow_dpo(tmp_path, wide):

@@ -66,7 +66,7 @@ def until(step: int, main, args) -> None:
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take longer than the runs."""
-    monkeypatch.setattr(hdpo, "plot_curves", lambda *_: None)
+    monkeypatch.setattr(hdpo.look, "plot_curves", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

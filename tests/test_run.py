@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -18,6 +19,7 @@ import tiny
 import torch
 import tyro
 from accelerate import Accelerator
+from datasets import Dataset
 from matplotlib.figure import Figure
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -48,8 +50,8 @@ def work(flags, log, environment, fault, plot):
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(environment)
-    if not plot:  # the figure takes longer than these runs
-        dgpo.plot_curves = lambda *_: None
+    if not plot:  # figure and answers take longer than these runs
+        dgpo.look.plot_curves, dgpo.look.answers = lambda *_: None, lambda *_: {}
     if fault:
         FAULTS[fault[0]](*fault[1:])
     dgpo.main(tyro.cli(dgpo.Args, args=flags))
@@ -132,7 +134,7 @@ def whole(train, tmp_path_factory):
 def test_files(whole):
     """args.json, every step once, a figure, the last two checkpoints, a model, and nothing half-written."""
     assert sorted(path.name for path in whole.iterdir()) == [
-        "args.json", "checkpoints", "curves.png", "metrics.jsonl", "model",
+        "args.json", "checkpoints", "curves.png", "metrics.jsonl", "model", "samples.md",
     ]  # fmt: skip
     assert json.loads((whole / "args.json").read_text())["beta"] == 2.5
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
@@ -145,14 +147,79 @@ def test_files(whole):
     assert rows[12].keys() >= {f"eval/{name}" for name in (*names, "logps/chosen_delta", "logps/rejected_delta")}
     delta = rows[12]["eval/logps/chosen"] - rows[0]["eval/logps/chosen"]
     assert rows[12]["eval/logps/chosen_delta"] == pytest.approx(delta) and abs(delta) > 1e-3
-    assert "tokens_per_second" in (whole / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert all(row[name] > 0 for row in lines[1:] for name in ("seconds", "tokens_per_second", "memory_gb"))
+
+
+def test_samples(whole, made):
+    """Greedy answers to the first prompts of the evaluation pairs, one at a time as anyone would ask for them."""
+    text = (whole / "samples.md").read_text()
+    tokenizer = AutoTokenizer.from_pretrained(made / "base")
+    prompts = dict.fromkeys(json.loads(line)["prompt"] for line in (made / "test.jsonl").read_text().splitlines())
+    for part, folder in zip(("Before training", "After training"), (made / "base", whole / "model")):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        answers = re.findall(rf"# {part}\n\n~~~\n(.*?)\n~~~\n", text, re.DOTALL)
+        assert len(answers) == 3
+        for prompt, answer in zip(prompts, answers):
+            ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+            expected = model.generate(ids, max_new_tokens=100, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+            assert tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True) == answer
+
+
+def test_a_model_that_cannot_generate_loses_no_run(made):
+    model = AutoModelForCausalLM.from_pretrained(made / "base")
+    model.generate = None
+    found = dgpo.look.answers(
+        model, AutoTokenizer.from_pretrained(made / "base"), Dataset.from_list([{"prompt_ids": [5]}])
+    )
+    assert list(found.values()) == ["(TypeError: 'NoneType' object is not callable)"]
+
+
+def test_card(whole, made):
+    """What the hub would show: paper, numbers, flags; no path where it expects names."""
+    head, text = (whole / "model" / "README.md").read_text().removeprefix("---\n").split("\n---\n")
+    assert head == "library_name: transformers\npipeline_tag: text-generation"
+    assert f"# {made}/base trained by dgpo.py on {made}/train.jsonl" in text
+    assert "https://openreview.net/forum?id=wmi6satsIu" in text and "| logps/chosen_delta |" in text
+    flags = json.loads(text.split("```json")[1].split("```")[0])
+    assert flags.keys() == vars(dgpo.Args()).keys() - dgpo.MAY_DIFFER and flags["lr"] == 1e-3
 
 
 def test_what_a_run_prints(whole):
     """What was read, what is done, what changed."""
     printed = whole.with_suffix(".log").read_text()
-    for text in ("40 of 40 pairs kept", "12 steps of 4 pairs", "first pair", "logps/chosen", f"figure  {whole}/curves"):
+    for text in (
+        "40 of 40 pairs kept",
+        "12 steps of 4 pairs",
+        "first pair",
+        "logps/chosen",
+        "pairs/s",
+        "peak memory",
+        f"in {whole}: model/",
+    ):
         assert text in printed
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_trackers(tracker, made, tmp_path, monkeypatch):
+    """All rows, the evaluation before training too; one project of W&B's, a run named after its folder, or as W&B's own
+    variables say; everything inside the folder, where --overwrite finds it."""
+    rows, started = [], []
+    monkeypatch.setattr("accelerate.accelerator.filter_trackers", lambda name, *_: [name])
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda _, *project, **more: started.append((*project, more)))
+    monkeypatch.setattr(Accelerator, "log", lambda _, row, step: rows.append((step, row)))
+    monkeypatch.setattr(dgpo.look, "plot_curves", lambda *_: None)
+    for variables in ({}, {"WANDB_PROJECT": "P", "WANDB_NAME": "N"}):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        flags = flags_of(made, tmp_path / "run", **EVALUATED, steps=2, track=tracker, overwrite=True)
+        dgpo.main(tyro.cli(dgpo.Args, args=flags))
+    assert [step for step, _ in rows] == 2 * [0, 1, 2] and "eval/loss" in rows[0][1]
+    projects, more = zip(*started)
+    assert projects == (("tensorboard",) * 2 if tracker == "tensorboard" else ("preference-optimisation", "P"))
+    names, folder = [one["init_kwargs"]["wandb"] for one in more], str(tmp_path / "run")
+    assert names == [{"name": "run", "dir": folder}, {"name": "N", "dir": folder}]
+    assert {"tensorboard", "wandb"} < {*dgpo.RUN}
 
 
 def test_model_loads_and_generates(whole, made):
@@ -462,9 +529,35 @@ def test_resume_of_a_finished_run(train, whole, tmp_path):
     """It changes nothing; --overwrite begins anew and ends the same."""
     run = shutil.copytree(whole, tmp_path / "run")
     same_run(train(run, resume=True, **EVALUATED), whole)
-    (run / "model" / "old").write_text("of the run before")
+    for name in ("model", "tensorboard", "wandb"):
+        (run / name).mkdir(exist_ok=True)
+        (run / name / "old").write_text("of the run before")
     same_run(train(run, overwrite=True, **EVALUATED), whole)
-    assert not (run / "model" / "old").exists()
+    assert not list(run.rglob("old"))
+
+
+def test_a_finished_run_goes_on(train, tmp_path):
+    """With more steps, where these would have had the same learning rates from the start."""
+    constant = {"schedule": "constant_with_warmup", "warmup": 3}
+    whole = train(tmp_path / "whole", **constant)
+    run = train(tmp_path / "run", **constant | {"steps": 7})
+    same_run(train(run, resume=True, **constant, eval_every=3), whole)
+    assert "resumed behind step 7 of 12" in run.with_suffix(".log").read_text()
+    for changes, message in (
+        ({"steps": 9}, "has done 12 steps already, more than 9"),
+        ({"warmup": 2}, "--warmup 2.0, but it was started with 3.0"),
+    ):
+        train(run, ends=1, resume=True, **constant | changes)
+        assert message in run.with_suffix(".log").read_text()
+
+
+@pytest.mark.parametrize("changes", [{}, {"schedule": "constant_with_warmup", "warmup": 0.5}], ids=["cosine", "share"])
+def test_a_run_that_cannot_go_on(changes, train, tmp_path):
+    """Its learning rates would have been others from the start."""
+    run = train(tmp_path / "run", **changes)
+    train(run, ends=1, resume=True, **{"steps": 15} | changes)
+    said = "--steps 15, but it was started with 12; a longer run takes a constant schedule and --warmup in steps"
+    assert said in run.with_suffix(".log").read_text()
 
 
 def test_kill_while_overwriting(train, whole, tmp_path):

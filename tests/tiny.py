@@ -192,7 +192,10 @@ def write_model(folder: Path, template: str | None = None, dtype=torch.float32, 
 def metrics(run: Path) -> list[dict]:
     """Rows of metrics.jsonl without the one number that time decides."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second", "memory_gb")}
+        for row in rows
+    ]
 
 
 def run(*command, check: bool = True, **options) -> subprocess.CompletedProcess:
