@@ -29,7 +29,7 @@ def plot_curves(path: Path, title: str, history: list[dict], panels: dict[str, s
             line, color = frame[key].dropna(), f"C{number}"
             if not key.startswith("eval/"):
                 axis.plot(line, color=color, alpha=0.25)
-                line = line.ewm(span=1 + len(line) / 20).mean()
+                line = line.ewm(span=1 + len(line) / 10).mean()
             axis.plot(line, ".-" if key.startswith("eval/") else "-", color=color, label=key)
         axis.set(xlabel="optimizer step", ylabel=unit)
         axis.legend()
