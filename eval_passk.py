@@ -22,7 +22,8 @@ import threading
 import time
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ import torch
 import tyro
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LogitsProcessorList, StopStringCriteria
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -42,7 +44,7 @@ from grading import sandbox
 from grading.answers import cut, find_code, find_gsm8k, find_math, grade_gsm8k, grade_math, vote
 from grading.metrics import measure, paired_difference, pass_at_k  # noqa: F401 (people import pass_at_k from here)
 from grading.tasks import HUB, digest, load_problems, prompt_texts
-from preferences import encode, fail, failing, read_rows
+from preferences import common_prefix, encode, fail, failing, read_rows
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Args:
     ks: tuple[int, ...] = ()  # k of pass@k and maj@k; empty: the powers of two up to n, and n (DPL Table 3)
     difficulty_from: str = ""  # results.json of a base model: splits by its expected samples, to 4, 64, more (DPL 4.2)
     diversity_samples: int = 25  # Samples per problem, the first ones, for the diversity metrics (H-DPO A.4)
+    ref_model: str = ""  # Reference for the cross-entropy of these samples (DPL Fig. 2); empty: none
     embedder: str = ""  # sentence-transformers model for the embedding distance (DPL Eq. 44); empty: none
 
     # Output
@@ -110,6 +113,10 @@ def hash_weights(directory: str) -> str:
         base = settings.pop("base_model_name_or_path")
         total.update(json.dumps(settings).encode() + hash_weights(find_weights(base)).encode())
     return total.hexdigest()[:16] if weights else fail(f"{directory} holds no weights (*.safetensors)")
+
+
+def choose_dtype(args: Args) -> str:
+    return args.dtype if args.dtype != "auto" else "bfloat16" if torch.cuda.is_available() else "float32"
 
 
 def end_tokens(tokenizer, directory: str) -> list[int]:
@@ -275,9 +282,50 @@ def sample_all(args, accelerator, directory: Path, problems, prompts, runs, toke
                 row = dict(zip(("config", "problem", "prompt", "index"), (config, *keys[i], index)))
                 text = cut(completion_text(tokenizer, prompts[i], tokens), settings["stop"])
                 rows.append(row | {"text": text, "tokens": len(tokens), "logp": logp, "end": end})
+                rows[-1] |= {"ids": tokens} if index < args.diversity_samples else {}
             append(path, rows)
             bar.update(len(batch))
             bar.set_postfix_str(f"{drawn / (time.monotonic() - start):,.0f} tokens/s, T={settings['temperature']:g}")
+
+
+def load_reference(args: Args) -> tuple:
+    """The directory of --ref-model, and the tokenizer of the prompts: --model's, or where there is none its own."""
+    paths = [find_weights(path) for path in (args.ref_model, args.model) if path]
+    with failing("--ref-model, --model: a tokenizer cannot be loaded"):
+        tokenizers = [AutoTokenizer.from_pretrained(path) for path in paths]
+    if tokenizers[0].get_vocab() != tokenizers[-1].get_vocab():
+        fail(f"--ref-model {args.ref_model} has other tokens than --model, so no log-probs of those that are drawn")
+    return paths[0], tokenizers[-1]
+
+
+@torch.no_grad()
+def score(args: Args, directory: Path, problems: list[dict], runs: list, weights: str, tokenizer) -> None:
+    """Adds ref_logp, the log-prob under --ref-model, and ref_tokens to the samples whose diversity is measured.
+
+    Drawn samples are scored token by token as drawn, texts from elsewhere as the tokenizer reads them, without an end.
+    """
+    path, mark, known, jobs = directory / "reference.jsonl", (hash_weights(weights), choose_dtype(args)), {}, []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):  # torn by a kill
+            known |= json.loads(line)
+    texts, _ = prompt_texts(replace(args, model=args.model or args.ref_model), tokenizer, problems)
+    for _, rows in runs:
+        for text, prompt, row in zip(texts, encode(tokenizer, texts), rows):
+            for r in row[: args.diversity_samples]:
+                ids = prompt + r["ids"] if "ids" in r else encode(tokenizer, [text + r["text"]])[0]
+                start = max(1, common_prefix(prompt, ids))
+                jobs.append((r, ids, start, digest(mark, start, ids)))
+    if any(key not in known for *_, key in jobs):
+        with failing(f"{args.ref_model} cannot be loaded"):
+            model = AutoModelForCausalLM.from_pretrained(weights, dtype=getattr(torch, mark[1])).eval()
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    for r, ids, start, key in tqdm(jobs, desc="reference", unit="", leave=False):
+        if key not in known:
+            whole = torch.tensor(ids, device=model.device)
+            logits = model(whole[None], use_cache=False, logits_to_keep=len(ids) - start + 1).logits[0, :-1].float()
+            known[key] = -cross_entropy(logits, whole[start:], reduction="sum").item()
+            append(path, [{key: known[key]}])
+        r |= {"ref_logp": known[key], "ref_tokens": len(ids) - start}
 
 
 # grading: how answers are read and compared is in grading/answers.py, how programs are run in grading/sandbox.py
@@ -395,7 +443,8 @@ def table(results: dict) -> str:
         d, ks = value["diversity"], some_of(list(value.get("pass@k", {})))
         row = {"T": t} | {f"pass@{k}": percent(value["pass@k"][k]) for k in ks}
         row |= {f"maj@{k}": percent(value["maj@k"][k]) for k in ks[-1:] if "maj@k" in value}
-        for name in ("entropy", "self_bleu", "distinct_1", "distinct_2", "distinct_answers", "mean_words"):
+        names = ["entropy", "cross_entropy", "cross_entropy_per_token", "self_bleu", "distinct_1", "distinct_2"]
+        for name in [*names, "distinct_answers", "mean_words"]:
             row |= {name: "-" if d[name] is None else f"{d[name]:.3f}"} if name in d else {}
         rows.append(row)
         for group, split in value.get("splits", {}).items():
@@ -405,6 +454,8 @@ def table(results: dict) -> str:
             counts = ", ".join(f"{how} {times}" for how, times in sorted(value.get(name, {}).items()))
             notes += [f"T={t} {name}: {counts}"] if counts else []
     notes.append(f"diversity: first {d['samples_per_problem']} samples, words {d['tokeniser']}, Self-BLEU of order 4")
+    if "ref_model" in d:
+        notes.append(f"cross_entropy: mean -log-prob of a sample under {d['ref_model']}, in nats")
     return "\n".join([pandas.DataFrame(rows).fillna("-").to_string(index=False), *notes])
 
 
@@ -523,10 +574,9 @@ def draw_samples(args: Args, name: str, problems: list[dict]) -> tuple[Path, dic
         tokenizer = AutoTokenizer.from_pretrained(weights)
     texts, stops = prompt_texts(args, tokenizer, problems)
     prompts = encode(tokenizer, texts)
-    dtype = args.dtype if args.dtype != "auto" else "bfloat16" if accelerator.device.type == "cuda" else "float32"
     fixed = [hash_weights(weights) if accelerator.is_main_process else None]
     broadcast_object_list(fixed)
-    fixed = {"weights": fixed[0], "engine": "hf", "dtype": dtype, "top_p": args.top_p, "top_k": args.top_k}
+    fixed = {"weights": fixed[0], "engine": "hf", "dtype": choose_dtype(args), "top_p": args.top_p, "top_k": args.top_k}
     fixed |= {"min_p": args.min_p, "max_new_tokens": args.max_new_tokens, "stop": list(stops), "seed": args.seed}
     fixed |= {"eos": end_tokens(tokenizer, weights)}
     two = tokenizer("a b", add_special_tokens=False)["input_ids"]
@@ -573,6 +623,7 @@ def main(args: Args) -> None:
             from sentence_transformers import SentenceTransformer
 
             embed = SentenceTransformer(args.embedder).encode
+    reference = load_reference(args) if args.ref_model else None
     source = Path(args.model or Path(args.samples).with_suffix(""))  # runs/dgpo/model is called dgpo
     name = args.name or (source.parent.name if source.name == "model" and source.parent.name else source.name)
     if args.samples:
@@ -586,6 +637,8 @@ def main(args: Args) -> None:
         return
     results = {"name": name, "model": args.model or args.samples, "task": args.task, "subject": subject}
     results |= {"sandbox": layers, "temperatures": {}}
+    if reference:
+        score(args, directory, problems, runs, *reference)
     for settings, rows in runs:
         graded = problems[0]["reference"] is not None
         grades = grade_all(args, problems, [[r["text"] for r in row] for row in rows]) if graded else None

@@ -109,6 +109,11 @@ def diversity(args, settings: dict, rows: list[list[dict]], embed=None) -> dict:
         plain = [settings[name] for name in ("temperature", "top_p", "top_k", "min_p")] == [1, 1, 0, 0]
         result |= {"entropy": nll if plain else None, "nll_per_token": nll}
         result["mean_tokens"] = np.mean([[r["tokens"] for r in row] for row in rows])
+    if args.ref_model:
+        result["ref_model"] = args.ref_model
+        result["cross_entropy"] = np.mean([[-r["ref_logp"] for r in row] for row in rows])  # H(pi, ref), DPL Eq. 4
+        each_token = [[-r["ref_logp"] / max(1, r["ref_tokens"]) for r in row] for row in rows]
+        result["cross_entropy_per_token"] = np.mean(each_token)
     result["self_bleu"] = np.mean([self_bleu(t) for t in tokens]) if len(rows[0]) > 1 else None
     result |= {f"distinct_{order}": np.mean([distinct(t, order) for t in tokens]) for order in (1, 2)}
     result["mean_words"] = np.mean([[len(t) for t in row] for row in tokens])

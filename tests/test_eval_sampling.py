@@ -482,6 +482,55 @@ def test_prompts_without_answers(tiny, tmp_path, capsys):
     assert "self_bleu" in out and "pass@" not in out and "answers found" not in out
 
 
+def test_cross_entropy_under_a_reference(tiny, loaded, tmp_path, capsys):
+    """That of a plain forward for each sample; the model as its own reference gives back its own log-probs."""
+    from transformers import AutoModelForCausalLM
+
+    given = {"temperatures": (1.5,), "top_p": 0.9, "diversity_samples": 4}
+    evaluate(tiny, tmp_path, **given)
+    drawn = (tmp_path / "samples.jsonl").read_bytes()
+    found = evaluate(tiny, tmp_path, ref_model=str(tiny / "b"), **given)["temperatures"]["1.5"]["diversity"]
+    assert drawn == (tmp_path / "samples.jsonl").read_bytes()
+    assert f"of a sample under {tiny / 'b'}" in capsys.readouterr().out
+    reference, tokenizer = AutoModelForCausalLM.from_pretrained(tiny / "b"), loaded[1]
+    problems = tasks.load_problems(str(tiny / "problems.jsonl"), "", 0, 0)
+    prompts = {problem["id"]: tokenizer(problem["question"])["input_ids"] for problem in problems}
+    rows, expected = [row for row in lines_of(tmp_path) if row["index"] < 4], []
+    for row in rows:
+        prompt = prompts[row["problem"]]
+        logps = reference(torch.tensor([prompt + row["ids"]])).logits[0].log_softmax(-1)
+        expected.append(-sum(logps[len(prompt) - 1 + i, token].item() for i, token in enumerate(row["ids"])))
+    assert len(expected) == 24 and found["cross_entropy"] == pytest.approx(sum(expected) / 24)
+    per_token = sum(nll / row["tokens"] for nll, row in zip(expected, rows)) / 24
+    assert found["cross_entropy_per_token"] == pytest.approx(per_token)
+    kept = (tmp_path / "reference.jsonl").read_bytes()
+    (tmp_path / "reference.jsonl").write_bytes(kept[:-9])  # as a kill within a write leaves it
+    assert evaluate(tiny, tmp_path, ref_model=str(tiny / "b"), **given)["temperatures"]["1.5"]["diversity"] == found
+    assert (tmp_path / "reference.jsonl").read_bytes().splitlines()[-1] == kept.splitlines()[-1]
+    own = evaluate(tiny, tmp_path, ref_model=str(tiny / "a"), **given)["temperatures"]["1.5"]["diversity"]
+    assert own["cross_entropy_per_token"] == pytest.approx(own["nll_per_token"])
+
+
+def test_cross_entropy_of_texts(tiny, tmp_path):
+    """Texts from elsewhere are scored behind the reference's own prompts; a reference with other tokens is refused."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    rows = [{"question": "7+3=", "completion": "10"}, {"question": "7+3=", "completion": ""}]
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = Args(samples=str(tmp_path / "s.jsonl"), task=str(tiny / "problems.jsonl"), temperatures=(0.7,))
+    args.output_dir, args.ref_model = str(tmp_path / "out"), str(tiny / "b")
+    eval_passk.main(args)
+    value = json.loads((tmp_path / "out" / "results.json").read_text())["temperatures"]["0.7"]["diversity"]
+    ids = AutoTokenizer.from_pretrained(tiny / "b")("7+3=10", return_tensors="pt")["input_ids"]
+    logps = AutoModelForCausalLM.from_pretrained(tiny / "b")(ids).logits[0].log_softmax(-1)
+    assert value["cross_entropy"] == pytest.approx(-(logps[3, ids[0, 4]] + logps[4, ids[0, 5]]).item() / 2)
+    assert value["cross_entropy_per_token"] == pytest.approx(value["cross_entropy"] / 2) and value["entropy"] is None
+    sentencepiece(tmp_path / "other")
+    with pytest.raises(SystemExit, match="has other tokens than --model"):
+        evaluate(tiny, tmp_path / "no", ref_model=str(tmp_path / "other"))
+    assert not (tmp_path / "no").exists()
+
+
 def test_prompts(tiny, loaded):
     _, tokenizer = loaded
     problem = [{"question": "How many?"}]
