@@ -2,7 +2,7 @@
 
     https://arxiv.org/abs/2511.08594    Sec. 4.1, Fig. 2, 5: the fronts    App. B.3: settings    Eq. 10: optimum
 
-    python experiments/pareto.py        (one CPU core, about XX seconds)
+    python experiments/pareto.py        (one CPU core, about 15 seconds)
 
 Sequences are so few that all are enumerated, so every number is an expectation and nothing is sampled or trained. The
 reference draws token by token from random distributions, each sequence has a random reward r, and
@@ -19,8 +19,8 @@ At the temperatures of the paper, each of the others is compared with the DPL po
 
 The first is a theorem (Gibbs): DPL maximises E[r] + beta E[log ref] + alpha H, so no policy of the same H has a higher
 objective, and the first verdict could only fail by a mistake here. The other two are its halves. About each alone there
-is no theorem: what a policy lacks in one it may have in the other. Where beta is small the objective is the reward, and
-where it is large the cross-entropy; the table has both beside the beta of the verdicts.
+is no theorem: what a policy lacks in one it may have in the other. The objective becomes the reward as beta goes to 0
+and the cross-entropy as it grows, so the table has other beta beside that of the verdicts.
 """
 
 import math
@@ -162,7 +162,7 @@ def draw(beta: float, seed: int = 0):
         for sweep, (entropies, other, _) in found.items():
             panel.plot(entropies, sign * other[:, number], "o-", color=COLOURS[sweep], markersize=3.5, label=sweep)
         panel.set(xlabel="entropy of a sequence, nats", title=f"{'-' * (sign < 0)}{name}")
-    panels[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=6)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.suptitle(f"beta {beta}, seed {seed}; upwards is better")
     return figure
 
@@ -172,8 +172,9 @@ def main(args: Args) -> None:
     found = {beta: advantages(seeds, beta) for beta in BETAS}
     every = torch.cat([values[..., 0].flatten() for sweeps in found.values() for values in sweeps.values()])
 
-    def shares(beta: float, name: str) -> list[str]:  # of MEASURES
-        return [f"{share:.1%}" for share in (found[beta][name] > 0).double().mean((0, 1)).tolist()]
+    def shares(beta: float, name: str) -> list[str]:  # of MEASURES; where a cut leaves one sequence, all are equal
+        different = (one := found[beta][name])[(one != 0).any(-1)]
+        return [f"{share:.1%}" for share in (different > 0).double().mean(0).tolist()]
 
     def numbers(measure: int) -> str:
         values = found[BETA]["temperature"][..., measure]
@@ -196,7 +197,10 @@ def main(args: Args) -> None:
                 threshold, judge(found[BETA]["temperature"][..., 2]), numbers(2)),
     ]  # fmt: skip
     rows = [(beta, name, *shares(beta, name)) for beta in BETAS for name in SWEEPS]
-    text = f"How often DPL is better at the same entropy, of {seeds} seeds x the temperatures of the sweep:\n\n"
+    text = (
+        f"How often DPL is better at the same entropy, of {seeds} seeds x the temperatures of the sweep, but for those "
+    )
+    text += "that leave a single sequence, where all are equal:\n\n"
     text += report.table(("beta", "against", *MEASURES), rows)
     report.save(args, "pareto", verdicts, text, draw(BETA))
 
