@@ -116,7 +116,7 @@ def inner(left: list[Tensor], right: list[Tensor], unit: float = 1.0) -> Tensor:
 def largest(gradient: Tensor) -> Tensor:
     """Its largest absolute entry, over all shards (of a small tensor some processes have none); a float64 scalar."""
     local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-    entry = local.abs().amax().double() if local.numel() else local.new_zeros((), dtype=torch.float64)
+    entry = torch.stack(local.aminmax() if local.numel() else (local.sum(),)).abs().amax().double()
     if isinstance(gradient, DTensor):
         return DTensor.from_local(entry, gradient.device_mesh, [Partial("max")]).full_tensor()
     return entry
@@ -131,12 +131,12 @@ def project(grads_chosen: list[Tensor], grads_rejected: list[Tensor], inplace: b
     g_w, g_l = ([g.to(torch.promote_types(g.dtype, torch.float32)) for g in gradients] for gradients in both)
     # In units of its largest entry g_l can be as tiny or huge as it likes: ||g_l||^2 neither under- nor overflows.
     unit = torch.stack([largest(g) for g in g_l]).max().item() or 1.0
-    norm = whole(sum((g / unit).square().sum(dtype=torch.float64) for g in g_l))  # ||g_l / unit||^2
+    norm = whole(sum(torch.linalg.vector_norm(g / unit, dtype=torch.float64).square() for g in g_l))  # ||g_l / unit||^2
     along = (inner(g_w, g_l, unit).clamp(min=0) / norm.clamp(min=1.0)).item()
     if not inplace:
-        return [chosen - along * (rejected / unit) for chosen, rejected in zip(g_w, g_l)]
+        return [chosen.sub(rejected / unit, alpha=along) for chosen, rejected in zip(g_w, g_l)]
     for chosen, rejected in zip(g_w, g_l):
-        chosen.sub_(along * (rejected / unit))
+        chosen.sub_(rejected / unit, alpha=along)
     return g_w
 
 
