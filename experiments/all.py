@@ -21,6 +21,7 @@ import tyro
 ON_ONE_CORE = ("did_energy", "gaussians", "pareto", "tabular")  # these run side by side
 ON_ALL_CORES = (
     "displacement", "alpha_sweep", "hard_problems", "calibration", "eps_control", "did_entropy", "reference_cost",
+    "methods",
 )  # fmt: skip
 EXPERIMENTS = (*ON_ONE_CORE, *ON_ALL_CORES)
 APART = ("real_model",)
@@ -114,8 +115,9 @@ def join(results: Path) -> str:
     )
     for name, one in found.items():
         claims = sorted({v["claim"] for v in one["verdicts"]})
+        judged = f"Claims {', '.join(map(str, claims))}" if claims else "No claim is judged"
         page += (
-            f"\n## {name}\n\nClaims {', '.join(map(str, claims))}; [table and thresholds]({name}.md), "
+            f"\n## {name}\n\n{judged}; [table and thresholds]({name}.md), "
             f"[source](../{name}.py), commit {one['commit']}, {one['seconds']} s.\n\n![{name}]({name}.png)\n"
         )
     return page
