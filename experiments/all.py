@@ -18,7 +18,7 @@ from pathlib import Path
 import report
 import tyro
 
-ON_ONE_CORE = ("did_energy", "gaussians", "pareto", "tabular")  # these run side by side
+ON_ONE_CORE = ("did_energy", "gaussians", "pareto", "closed_form", "tabular")  # these run side by side
 ON_ALL_CORES = (
     "displacement", "alpha_sweep", "hard_problems", "calibration", "eps_control", "did_entropy", "reference_cost",
     "methods",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import all as run_all
 import alpha_sweep
+import closed_form
 import did_entropy
 import displacement
 import eps_control
@@ -55,41 +56,89 @@ def test_exchanged_rejected_responses(kind, tmp_path):
 
 
 def test_alpha_sweep(tmp_path, inside):
-    args = alpha_sweep.Args(seeds=1, problems=4, n=4, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
+    args = alpha_sweep.Args(
+        seeds=1, problems=4, n=4, harder=4, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True
+    )
     alpha_sweep.main(args)
-    assert [verdict["claim"] for verdict in verdicts(tmp_path, "alpha_sweep")] == [8, 9]
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "alpha_sweep")] == [8, 9, 9, 9, 9]
 
 
 def made_up(alpha, beta, seed, args, slope=1.0):
     """Diversity that rises with alpha where slope is 1, pass@k that falls with it."""
     rise = slope * alpha + 0.01 * seed
     diversity = {"entropy": rise, "distinct_1": rise, "distinct_2": rise, "self_bleu": 2 - rise}
-    return {"diversity": diversity, "pass@k": {str(k): {"mean": k / 64 - 0.1 * slope * alpha} for k in (1, 32)}}
+    passk = {str(k): {"mean": k / 64 - 0.1 * slope * alpha} for k in (1, 32)}
+    right = [max(0, i % 5 + (2 * slope if alpha < 1 else 0)) for i in range(40)]
+    return {"diversity": diversity, "pass@k": passk, "problems": [{"n": 32, "c": int(c)} for c in right]}
 
 
 @pytest.mark.parametrize("slope", [1.0, -1.0])
 def test_alpha_sweep_judges_by_the_numbers(slope, tmp_path, monkeypatch, inside):
+    def exact(alphas, args):
+        """A lower temperature does as a smaller alpha does, so Sec. 5.4's rule holds either way."""
+        chance = torch.linspace(1e-3, 1e-2, 30, dtype=torch.float64)
+        cells = [(alpha, 1.0) for alpha in alphas] + [(1.0, heat) for heat in alpha_sweep.TEMPERATURES]
+        cells += [(alpha, heat) for alpha in alphas for heat in alpha_sweep.TEMPERATURES]
+        gain = {cell: 1 + slope * (2 - sum(cell)) / 10 for cell in cells}
+        return {cell: closed_form.pass_at(chance * gain[cell], closed_form.KS).expand(3, -1, -1) for cell in cells}
+
     monkeypatch.setattr(alpha_sweep, "train_and_sample", lambda *key: made_up(*key, slope=slope))
+    monkeypatch.setattr(alpha_sweep, "exact_passk", exact)
     alpha_sweep.main(alpha_sweep.Args(results=str(tmp_path)))
-    assert [verdict["holds"] for verdict in verdicts(tmp_path, "alpha_sweep")] == [slope > 0] * 2
+    holds = [verdict["holds"] for verdict in verdicts(tmp_path, "alpha_sweep")]
+    assert holds == [slope > 0] * 4 + [True]
 
 
 def test_hard_problems(tmp_path, inside):
-    args = hard_problems.Args(seeds=1, problems=4, n=4, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
-    hard_problems.main(args)
-    assert [verdict["claim"] for verdict in verdicts(tmp_path, "hard_problems")] == [10]
+    hard_problems.main(hard_problems.Args(seeds=1, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True))
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "hard_problems")] == [10, 10]
     assert json.loads((tmp_path / "runs/ratio-2-0/args.json").read_text())["alpha"] == 2
 
 
-@pytest.mark.parametrize(("first", "last", "holds"), [(-0.1, 0.1, True), (0.1, 0.1, False), (-0.1, -0.1, False)])
-def test_hard_problems_asks_for_a_crossing(first, last, holds, tmp_path, monkeypatch, inside):
-    def found(ratio, seed, hard, args):
-        return {1: 0.3 + first * (ratio > 1) + 0.01 * seed, 128: 0.6 + last * (ratio > 1) - 0.01 * seed}
+@pytest.mark.parametrize("first", [-0.1, 0.1, 0.0])
+@pytest.mark.parametrize("last", [-0.1, 0.1, 0.0])
+def test_hard_problems_asks_for_a_crossing(first, last):
+    random = torch.Generator().manual_seed(0)
+    dpo = torch.rand(3, 50, len(hard_problems.NS), generator=random, dtype=torch.float64)
+    ahead = torch.linspace(first, last, len(hard_problems.NS))
+    noise = 0.02 * torch.randn(dpo.shape, generator=random, dtype=torch.float64)
+    above, below = hard_problems.judge({1.0: dpo, 1.2: dpo + ahead + noise})
+    words = {0.1: True, 0.0: None, -0.1: False}
+    assert above.holds is words[last] and below.holds is words[-first]
 
-    monkeypatch.setattr(hard_problems, "train_and_sample", found)
-    monkeypatch.setattr(hard_problems, "find_hard", lambda args: report.TOY / "near_test.jsonl")
-    hard_problems.main(hard_problems.Args(results=str(tmp_path)))
-    assert [verdict["holds"] for verdict in verdicts(tmp_path, "hard_problems")] == [holds]
+
+def test_chance_of_a_right_working():
+    """Token by token without padding, both orders of the products; and as often as it is sampled."""
+    tokenizer = AutoTokenizer.from_pretrained(report.TOY / "model")
+    model = LlamaForCausalLM.from_pretrained(report.TOY / "model").eval()
+    problems = hard_problems.new_problems(3) + [hard_problems.make_toy.Problem("20+30*2", 2)]
+    assert [problem.difficulty for problem in problems] == [4, 4, 4, 2]
+    found = hard_problems.chances(report.TOY / "model", problems, (1.0, 0.7))
+
+    def stepwise(question, text, temperature):
+        ids = tokenizer(f"<bos>Q: {question}\nA: {text}<eos>", add_special_tokens=False).input_ids
+        start, chance = len(tokenizer(f"<bos>Q: {question}\nA: ", add_special_tokens=False).input_ids), 1.0
+        for place in range(start, len(ids)):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[:place]])).logits[0, -1]
+            chance *= (logits / temperature).softmax(-1)[ids[place]].item()
+        return chance
+
+    for problem, row in zip(problems, found.tolist()):
+        lines = problem.solution().split("\n")
+        texts = ["\n".join(lines)]
+        if problem.difficulty == 4:
+            texts.append("\n".join([lines[1], lines[0], *lines[2:]]))
+        for temperature, chance in zip((1.0, 0.7), row):
+            assert chance == pytest.approx(sum(stepwise(problem.question, t, temperature) for t in texts), rel=1e-4)
+
+    torch.manual_seed(0)
+    samples = hard_problems.make_toy.sample(model, tokenizer, problems, 100)
+    for problem, texts, (chance, _) in zip(problems, samples, found.tolist()):
+        first, second, *rest = problem.solution().split("\n")
+        right = {"\n".join([first, second, *rest])} | {"\n".join([second, first, *rest])}
+        error = (chance * (1 - chance) / 100) ** 0.5
+        assert abs(sum(text in right for text in texts) / 100 - chance) < 4 * error + 0.01
 
 
 def test_eps_control(tmp_path, inside):
