@@ -20,8 +20,8 @@ import tyro
 
 ON_ONE_CORE = ("did_energy", "gaussians", "pareto", "closed_form", "tabular")  # these run side by side
 ON_ALL_CORES = (
-    "displacement", "alpha_sweep", "hard_problems", "calibration", "eps_control", "did_entropy", "reference_cost",
-    "methods",
+    "displacement", "markov", "alpha_sweep", "hard_problems", "calibration", "eps_control", "did_exact", "did_entropy",
+    "reference_cost", "methods",
 )  # fmt: skip
 EXPERIMENTS = (*ON_ONE_CORE, *ON_ALL_CORES)
 APART = ("real_model",)

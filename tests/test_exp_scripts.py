@@ -3,6 +3,7 @@
 All but one run the scripts inside this process (conftest.py); tests/test_run.py launches them.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import did_entropy
 import displacement
 import eps_control
 import hard_problems
+import markov
 import pytest
 import reference_cost
 import report
@@ -35,15 +37,82 @@ def verdicts(results: Path, name: str) -> list[dict]:
 def test_displacement_launches_the_scripts(tmp_path):
     args = displacement.Args(seeds=1, steps=2, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
     displacement.main(args)
-    assert [verdict["claim"] for verdict in verdicts(tmp_path, "displacement")] == [6, 7, 15, 15]
-    run = json.loads((tmp_path / "runs/dpo-unrelated-0.0001-0/args.json").read_text())
-    assert run["alpha"] == 1 and run["beta"] == 0.1 and run["dataset"].endswith("unrelated_train.jsonl")
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "displacement")] == [6, 7]
+    run = json.loads((tmp_path / "runs/dpo-0.0001-0/args.json").read_text())
+    assert run["alpha"] == 1 and run["beta"] == 0.1 and run["dataset"].endswith("near_train.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("dpo", "dgpo", "holds"),
+    [
+        ({1: [-0.2, -0.3, -0.2], 2: [0.1, 0.2, 0.1]}, [0.1, 0.2, 0.1], True),
+        ({1: [-0.2, -0.3, -0.2], 2: [-0.1, -0.1, -0.2]}, [-0.1, -0.2, -0.1], False),
+        ({1: [-0.2, -0.3, -0.2], 2: None}, [-0.1, 0.3, -0.1], None),
+        ({1: None, 2: None}, [0.1, 0.2, 0.1], None),
+    ],
+)
+def test_claim_6_asks_for_a_fall_and_a_rise_at_one_rate(dpo, dgpo, holds):
+    verdict = displacement.claim_6(lambda method, rate: dpo[rate] if method == "DPO" else dgpo, (1, 2), "at the end")
+    assert verdict.holds is holds
+
+
+def test_standard_error_over_seeds():
+    assert displacement.error([1.0, 2.0, 4.0]) == pytest.approx(((16 + 1 + 25) / 9 / 2 / 3) ** 0.5)
+    assert displacement.above_zero([0.1]) is None
+
+
+def test_markov(tmp_path, inside):
+    args = markov.Args(seeds=1, steps=2, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
+    markov.main(args)
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "markov")] == [6, 6, 7, 15, 15]
+    run = json.loads((tmp_path / "runs/dpo-unrelated-0.0003-0/args.json").read_text())
+    assert run["model"].endswith("language-0/model") and run["dataset"].endswith("language-0/unrelated_train.jsonl")
+
+
+def test_letters_are_drawn_anew_given_their_neighbours():
+    """Given its neighbours, a letter's distribution is counted over many walks, and the shares of two that are drawn
+    without replacement follow from it."""
+    generator = torch.Generator().manual_seed(0)
+    chain = markov.language(2, 3, generator)
+    assert torch.allclose(chain.sum(1), torch.ones(6)) and (chain[:3, 3:] == 0).all() and (chain[3:, :3] == 0).all()
+    texts = markov.walk(chain, torch.zeros(40_000, dtype=torch.long), 5, generator)
+    places = torch.full((len(texts), 1), 2)
+    chosen, rejected = markov.near_duplicates(chain, texts, places, generator)
+    assert ((chosen == texts) | (torch.arange(5) == 2)).all() and (chosen[:, 2] > rejected[:, 2]).all()
+    two = torch.cat([chosen, rejected])
+    for before, after in itertools.product(range(3), range(3)):
+        here = texts[(texts[:, 1] == before) & (texts[:, 3] == after)]
+        odds = chain[before, :3] * chain[:3, after]
+        odds /= odds.sum()
+        counts = torch.bincount(here[:, 2], minlength=3)[:3] / len(here)
+        assert counts == pytest.approx(odds, abs=0.03)
+        # The share of a letter among two that are drawn without replacement: first, or second behind another one.
+        second = torch.stack([sum(odds[j] * odds[i] / (1 - odds[j]) for j in range(3) if j != i) for i in range(3)])
+        drawn = two[(two[:, 1] == before) & (two[:, 3] == after)][:, 2]
+        assert torch.bincount(drawn, minlength=3)[:3] / len(drawn) == pytest.approx((odds + second) / 2, abs=0.03)
+
+
+def test_pairs_differ_in_two_letters_of_the_response(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    markov.write_pairs(tmp_path / "pairs.jsonl", markov.language(8, 6, generator), 50, generator)
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    texts = [[row[name][0]["content"] for name in ("chosen", "rejected")] for row in rows]
+    assert len(rows) == 50 and {len(text) for pair in texts for text in pair} == {16}
+    for chosen, rejected in texts:
+        assert [a > b for a, b in zip(chosen, rejected) if a != b] == [True, True]
+    assert {len(row["prompt"][0]["content"]) for row in rows} == {4}
+
+
+def test_change_at_a_margin_lies_on_the_line():
+    assert markov.at_margin([0.0, 2.0, 4.0, 2.0], [0.0, -1.0, -2.0, -9.0], 3.0) == pytest.approx(-1.5)
+    assert markov.at_margin([0.0, 2.0], [0.0, -1.0], 2.0) == pytest.approx(-1.0)
+    assert markov.at_margin([0.0, 2.0], [0.0, -1.0], 3.0) is None
 
 
 @pytest.mark.parametrize("kind", ["unrelated", "meaningless"])
 def test_exchanged_rejected_responses(kind, tmp_path):
     source = report.TOY / "near_test.jsonl"
-    target = displacement.exchange(kind, source, tmp_path / "exchanged.jsonl")
+    target = markov.exchange(kind, source, tmp_path / "exchanged.jsonl")
     before, after = ([json.loads(line) for line in path.read_text().splitlines()] for path in (source, target))
     texts = [[row["rejected"][0]["content"] for row in rows] for rows in (before, after)]
     assert [(row["prompt"], row["chosen"]) for row in before] == [(row["prompt"], row["chosen"]) for row in after]
