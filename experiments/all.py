@@ -18,7 +18,8 @@ from pathlib import Path
 import report
 import tyro
 
-ON_ONE_CORE = ("did_energy", "gaussians", "pareto", "closed_form", "tabular")  # these run side by side
+    "displacement", "markov", "alpha_sweep", "hard_problems", "calibration", "eps_control", "did_exact", "did_entropy",
+    "reference_cost", "methods",
 ON_ALL_CORES = (
     "displacement", "markov", "alpha_sweep", "hard_problems", "calibration", "eps_control", "did_exact", "did_entropy",
     "reference_cost", "methods",

@@ -33,6 +33,7 @@ from statistics import fmean
 import report
 import torch
 import tyro
+from displacement import above_zero, all_hold
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(report.ROOT))
@@ -42,8 +43,8 @@ import eval_passk  # noqa: E402
 import hdpo  # noqa: E402
 
 CLAIM_13 = (
-    "at both learning rates, in every seed: the DID of DPO-PG has a lower entropy than that of DPO, trained at the "
-    "same rate on the same near-duplicate pairs"
+    "by App. K's estimate after 64 steps, at both learning rates: the DID of DPO-PG has a lower entropy than that of "
+    "DPO, trained as many steps on the same near-duplicate pairs, by more than two standard errors over seeds"
 )
 RUNS = [("DPO", 1e-5), ("DPO", 1e-4), ("DPO-PG", 1e-5), ("DPO-PG", 1e-4)]
 SCRIPTS = {"DPO": ("hdpo.py", "--alpha", 1, "--beta", 0.1), "DPO-PG": ("dpo_pg.py",)}
@@ -246,17 +247,18 @@ def main(args: Args) -> None:
         '"same samples": share of prompts where pi and ref drew the same response, which makes no pair.\n\n'
         + report.table(["method", "lr", *names], rows)
     )
+    more = [
+        [dpo - pg for dpo, pg in zip(values(("DPO", rate), "H(DID)"), values(("DPO-PG", rate), "H(DID)"))]
+        for rate in (1e-5, 1e-4)
+    ]
     verdict = report.Verdict(
-        13, "DID Claim 4.1, Table 2", "Reinforcing (DPO-PG) goes with a lower DID entropy than DPO.", CLAIM_13,
-        all(
-            pg < dpo
-            for rate in (1e-5, 1e-4)
-            for pg, dpo in zip(values(("DPO-PG", rate), "H(DID)"), values(("DPO", rate), "H(DID)"))
-        ),
+        13, "DID Claim 4.1, Table 2",
+        "Reinforcing (DPO-PG) goes with a lower DID entropy than DPO, by App. K's estimate.", CLAIM_13,
+        all_hold(*map(above_zero, more)),
         "; ".join(
             f"{method} at lr {rate:g} {report.spread(values((method, rate), 'H(DID)'), 2)}" for method, rate in RUNS
         )
-        + " nats",
+        + " nats, estimated",
     )  # fmt: skip
     report.save(args, "did_entropy", [verdict], text, draw(found, args.seeds))
 
