@@ -16,9 +16,11 @@ prompt is its first 4 letters, the response the other 16. A Llama of two layers 
     meaningless        rejected has its letters in a random order
 
 So both responses of a near-duplicate are drawn from the language alike, and the preference is a rule that holds on new
-texts, too. Each seed has a language, a model and pairs of its own; each run takes 200 steps of 16 pairs.
-Methods and pairs differ in speed, so the chosen log-prob is compared twice: after as many steps, and where the margin
-(log-ratio of chosen less that of rejected, on held-out pairs) has first grown by 3 nats a response.
+texts, too. Each seed has a language, a model and pairs of its own; each run takes 200 steps of 16 pairs. Methods and
+pairs differ in speed, so the chosen log-prob is compared twice: after as many steps, and where the margin (log-ratio of
+chosen less that of rejected, on held-out pairs) has first grown by 3 nats a response. Between two evaluations, ten
+steps apart, that is read off a straight line; with unrelated responses the margin can grow by more than 3 nats from one
+to the next, and as the chosen log-prob falls ever faster, the line then has it too low.
 """
 
 import json
