@@ -229,6 +229,17 @@ def test_did_entropy(tmp_path, inside):
     assert [verdict["claim"] for verdict in verdicts(tmp_path, "did_entropy")] == [13]
 
 
+@pytest.mark.parametrize(("more", "holds"), [(0.5, True), (-0.5, False), (0.01, None)])
+def test_did_entropy_is_undecided_within_the_error(more, holds, tmp_path, monkeypatch, inside):
+    def found(method, rate, seed, args):
+        entropy = 5 + (more + 0.1 * (seed - 1)) * (method == "DPO")
+        return dict.fromkeys(("H(pi)", "H(ref)", "H(DID)", "H(DID) per token", "same samples"), entropy)
+
+    monkeypatch.setattr(did_entropy, "train_and_measure", found)
+    did_entropy.main(did_entropy.Args(results=str(tmp_path)))
+    assert [verdict["holds"] for verdict in verdicts(tmp_path, "did_entropy")] == [holds]
+
+
 def test_did_entropy_wants_both_models():
     with pytest.raises(SystemExit, match="--model and --reference go together"):
         did_entropy.main(did_entropy.Args(model="somewhere"))
