@@ -20,9 +20,9 @@ what the identity of App. F.2 is about. In the paper's Table 2, too, one DPO set
 K.1 calls it an outlier.
 
 did_exact.py counts the DID of a tiny model and makes this estimate beside it: there it is near for DPO-PG, but off by
-more than a nat for DPO in one language of four, after many more pairs, too, and K.1's slope stays below the optimum's 1.
-It also compares DPO and DPO-PG at the same loss, which this file does not. So claim 13 is judged there; the verdict
-here is about the estimate.
+more than a nat for DPO in one language of four, after many more pairs, too, and K.1's slope stays below 1, the
+optimum's. It also compares DPO and DPO-PG at the same loss, which this file does not. So claim 13 is judged there; the
+verdict here is about the estimate.
 
 What Claim 4.1 expects beside that, H(DID) below H(ref) where a policy reinforces ref, is not judged here: it is false
 for a policy proportional to ref^tau with tau between 1 and 2, whose DID is ref^(tau - 1) (did_energy.py).

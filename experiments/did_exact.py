@@ -219,9 +219,11 @@ def draw(runs: list[dict], losses, steps):
             off.plot(steps, [estimated - found[method][-1][1] for estimated in estimates], "o-", **style)
     for axis, name in ((pi, "$H(\\pi)$"), (q, "$H(q)$, exact")):
         axis.invert_xaxis()
-        axis.set(title=name, xlabel="held-out DPO loss", ylabel="nats")
+        axis.set(title=name, xlabel="held-out DPO loss", ylabel="nats", xticks=losses)
     off.axhline(0, color="black", linewidth=0.8)
     off.set(title="App. K's estimate less $H(q)$", xlabel="optimizer steps of App. K", xscale="log")
+    off.set_xticks(steps, steps)
+    off.minorticks_off()
     for axis in (pi, q, off):
         axis.legend()
     return figure
