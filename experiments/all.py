@@ -18,10 +18,9 @@ from pathlib import Path
 import report
 import tyro
 
-    "displacement", "markov", "alpha_sweep", "hard_problems", "calibration", "eps_control", "did_exact", "did_entropy",
-    "reference_cost", "methods",
+ON_ONE_CORE = ("did_energy", "did_exact", "gaussians", "pareto", "closed_form", "tabular")  # these run side by side
 ON_ALL_CORES = (
-    "displacement", "markov", "alpha_sweep", "hard_problems", "calibration", "eps_control", "did_exact", "did_entropy",
+    "displacement", "markov", "alpha_sweep", "hard_problems", "calibration", "eps_control", "did_entropy",
     "reference_cost", "methods",
 )  # fmt: skip
 EXPERIMENTS = (*ON_ONE_CORE, *ON_ALL_CORES)
@@ -97,8 +96,8 @@ def join(results: Path) -> str:
         "# What the papers claim, and what we found\n\n"
         + "From fast versions, whose verdicts mean nothing.\n\n" * any(one["fast"] for one in found.values())
         + f'{len(lines)} tests: {", ".join(f"{said} {count}" for said, count in counts.most_common())}. "Exact" is a '
-        "closed form, or every outcome enumerated; the toy is a language model of 0.8M parameters that works sums; "
-        "undecided is what has an error larger than its effect.\n\n"
+        "closed form, or every outcome enumerated; the toy is a language model of 0.8M parameters that works sums (or, for "
+        "markov, knows a small Markov language); undecided is what has an error larger than its effect.\n\n"
         + overview(lines)
         + "\n## Every test with its numbers\n\n"
         "Every line was printed by a file of [experiments/](..), which says what it does and has the threshold, "
@@ -116,10 +115,11 @@ def join(results: Path) -> str:
     )
     for name, one in found.items():
         claims = sorted({v["claim"] for v in one["verdicts"]})
+        used = f" ({one['processor_seconds']} s of one core)" if "processor_seconds" in one else ""
         judged = f"Claims {', '.join(map(str, claims))}" if claims else "No claim is judged"
         page += (
             f"\n## {name}\n\n{judged}; [table and thresholds]({name}.md), "
-            f"[source](../{name}.py), commit {one['commit']}, {one['seconds']} s.\n\n![{name}]({name}.png)\n"
+            f"[source](../{name}.py), commit {one['commit']}, {one['seconds']} s{used}.\n\n![{name}]({name}.png)\n"
         )
     return page
 

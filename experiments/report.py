@@ -198,6 +198,7 @@ def save(args, name: str, verdicts: Sequence[Verdict], text: str, figure) -> Non
         "commit": commit(),
         "machine": machine(),
         "seconds": round(time.perf_counter() - STARTED),
+        "processor_seconds": round(sum(os.times()[:4])),  # of the processes that it launched, too
         "fast": args.fast,
         "verdicts": list(map(asdict, verdicts)),
     }
