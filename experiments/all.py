@@ -96,8 +96,8 @@ def join(results: Path) -> str:
         "# What the papers claim, and what we found\n\n"
         + "From fast versions, whose verdicts mean nothing.\n\n" * any(one["fast"] for one in found.values())
         + f'{len(lines)} tests: {", ".join(f"{said} {count}" for said, count in counts.most_common())}. "Exact" is a '
-        "closed form, or every outcome enumerated; the toy is a language model of 0.8M parameters that works sums (or, for "
-        "markov, knows a small Markov language); undecided is what has an error larger than its effect.\n\n"
+        "closed form, or every outcome enumerated; the toy is a language model of 0.8M parameters that works sums, or "
+        "in markov one of a small Markov language; undecided is what has an error larger than its effect.\n\n"
         + overview(lines)
         + "\n## Every test with its numbers\n\n"
         "Every line was printed by a file of [experiments/](..), which says what it does and has the threshold, "
