@@ -92,7 +92,10 @@ SHAPES = {
 GIB = 2**30
 CARDS, FILLED = (24, 40, 80, 141), 0.9  # GiB, and the share that a step may take: ours, for what is not counted
 LINEAR = 2.1  # what twice the tokens a row may take at most of a real step; written before it was measured
-DEPTHS = 4, 6  # layers from which the page draws its lines to a model's own number
+DEPTHS = 3, 4  # layers from which the page draws its lines to a model's own number
+
+
+COLLECTIVES = collective_ops - sync_ops
 
 
 @dataclass
@@ -141,7 +144,7 @@ class Tracker(MemTracker):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func in collective_ops - sync_ops:
+        if func in COLLECTIVES:
             self.handled += CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
         return result
 
@@ -338,7 +341,7 @@ def at_depth(name: str, args: Args, devices: int) -> dict:
     """simulate() of a shape on GPUs, each number on the line through those of two smaller depths. A phase's peak is at
     one of its ends, and so linear in the layers; which phase is highest may change with depth.
     """
-    few, more = (simulate(make_config(name, layers), args, devices) for layers in DEPTHS)
+    few, more = (simulate(make_config(name, layers), args, devices) for layers in DEPTHS)  # three have a middle one
     layers = make_config(name).num_hidden_layers
 
     def line(a: float, b: float) -> float:
@@ -400,12 +403,12 @@ HEAD = [*PARTS, "the rest", "peak GiB", "card", "GB sent a step"]
 
 def page(args: Args) -> tuple[str, dict]:
     """The page in markdown, and its numbers."""
-    large, devices = (("tiny",), (1, 2)) if args.fast else (LARGE, DEVICES)
+    large, devices = (("tiny",), (2,)) if args.fast else (LARGE, DEVICES)
     common_args = replace(args, gradient_checkpointing=True)
     numbers, first, seven = {}, [], large[0]
 
     checks, longer = [], []
-    for name, pairs in (("tiny", 1),) if args.fast else (("34M of sides.py", 4), ("SmolLM2-135M", 2)):
+    for name, pairs in () if args.fast else (("34M of sides.py", 4), ("SmolLM2-135M", 2)):
         numbers[f"measured, {name}"] = found = beside(name, replace(args, pairs=pairs))
         checks.append([name, f"{pairs} pairs of {args.prompt} + 2 x {args.response}", found])
     for tokens in (1024, 2048) if args.fast else (4096, 8192, 16_384):
@@ -433,29 +436,29 @@ def page(args: Args) -> tuple[str, dict]:
                 for size in CARDS
             ]
             first.append([name, tuning, *(f"{peak(one):.1f}" for one in found), *fewest])
-    several = 8 if 8 in devices else devices[-1]
+    several = sorted({devices[0], min(8, devices[-1])})
 
     scripts = []
     for tuning, flags in TUNINGS.items():
         for script in ("dgpo", "eps_dpo", "dpo_pg"):
-            for count in (1, several):
+            for count in several:
                 own = replace(common_args, **flags, script=script)
                 found = numbers.get(f"{tuning}, {seven}, {count}") if script == "dgpo" else None
                 found = found or cell(f"{script} {tuning}", seven, own, count)
                 scripts.append([script, tuning, count, *parts(found)])
 
     rows = []
-    for tokens in (8192, 2048):
+    for tokens in (2048,) if args.fast else (8192, 2048):
         for checkpointing in (True, False):
             own = replace(common_args, lora_rank=16, gradient_checkpointing=checkpointing, tokens_per_device=tokens)
-            found = numbers[f"LoRA, {seven}, 1"] if own == replace(common_args, lora_rank=16) else None
+            found = numbers.get(f"LoRA, {seven}, 1") if own == replace(common_args, lora_rank=16) else None
             found = found or cell(f"{tokens} tokens{', checkpointing' * checkpointing}", seven, own, 1)
             rows.append([tokens, "yes" if checkpointing else "no", *parts(found)[3:-1]])
 
     long = []
-    for tokens in (4096, 8192, 16_384):
+    for tokens in (4096,) if args.fast else (4096, 8192, 16_384):
         sizes = {"prompt": tokens - tokens // 16, "response": tokens // 32, "tokens_per_device": tokens}
-        for (tuning, flags), count in zip(TUNINGS.items(), (1, several)):
+        for (tuning, flags), count in zip(TUNINGS.items(), (several[0], several[-1])):
             own = replace(common_args, **flags, **sizes, pairs=8)
             long.append([tokens, tuning, count, *parts(cell(f"{tokens} a pair, {tuning}", seven, own, count))[3:-1]])
 
