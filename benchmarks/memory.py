@@ -1,6 +1,6 @@
 """What fits where: the peak memory of one optimizer step, simulated on a CPU at the shape of any model.
 
-    python benchmarks/memory.py --save benchmarks/results/memory        # the page; about MINUTES on one CPU core
+    python benchmarks/memory.py --save benchmarks/results/memory        # the page
     python benchmarks/memory.py --model Qwen3-32B --devices 8 16 --lora-rank 16 --gradient-checkpointing
     python benchmarks/memory.py --model DIR_OR_HUB_NAME --devices 8     # one's own; of the hub only config.json is read
 
@@ -10,7 +10,7 @@ memory (torch's FakeTensorMode), its collectives move nothing (the process group
 would live at a time. The second step is simulated, in which the moments are there from the start.
 
 Fake tensors are on the CPU, as torch without CUDA has no others; attention and bf16 autocast are those of a GPU. Not
-counted: the CUDA context and NCCL's buffers, which take a GiB or two, and what the allocator loses to fragments.
+counted: the CUDA context, NCCL's buffers, and what the allocator loses to fragments.
 """
 
 import json
