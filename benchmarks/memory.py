@@ -455,7 +455,7 @@ def page(args: Args) -> tuple[str, dict]:
                 next((str(count) for count, one in zip(devices, found) if peak(one) <= FILLED * size), "-")
                 for size in CARDS
             ]
-            first.append([name, tuning, *(f"{peak(one):.1f}" for one in found), *fewest])
+            first.append([name, tuning, "simulated", *(f"{peak(one):.1f}" for one in found), *fewest])
     several = sorted({devices[0], min(8, devices[-1])})
 
     scripts = []
@@ -503,7 +503,7 @@ a step that takes at most {FILLED:.0%} of it, as the CUDA context, NCCL's buffer
 With --gradient-checkpointing; LoRA of rank 16 over frozen bf16 weights, full in float32. One device is the plain
 script, more are configs/fsdp2.yaml. Under a card: the smallest of these numbers of devices that it takes; -: more.
 
-{table(["model", "trained", *(f"{count} x" for count in devices), *(f"{size} GB" for size in CARDS)], first)}
+{table(["model", "trained", "GiB", *(f"{count} x" for count in devices), *(f"{size} GB" for size in CARDS)], first)}
 ## What it is made of
 
 {seven}, as above. dgpo.py, hdpo.py and dpl.py take the same: two of them store the log-probs of the reference before.
