@@ -18,6 +18,8 @@ import markov
 import pytest
 import reference_cost
 import report
+import sides
+import tiny
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -213,7 +215,43 @@ def test_chance_of_a_right_working():
 def test_eps_control(tmp_path, inside):
     args = eps_control.Args(seeds=1, problems=2, n=2, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
     eps_control.main(args)
-    assert [verdict["claim"] for verdict in verdicts(tmp_path, "eps_control")] == [12] * 5
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "eps_control")] == [12] * 6
+
+
+def test_confused_pairs_have_their_labels_exchanged(tmp_path):
+    path = eps_control.confuse(tmp_path / "runs/pairs.jsonl")
+    before, after = ([json.loads(line) for line in one.read_text().splitlines()]
+                     for one in (report.TOY / "train.jsonl", path))  # fmt: skip
+    exchanged = [{"prompt": row["prompt"], "chosen": row["rejected"], "rejected": row["chosen"]} for row in before]
+    assert all(row in pair for row, *pair in zip(after, before, exchanged))
+    assert sum(row != own for row, own in zip(after, before)) == 512
+
+
+def test_paired_error_is_that_of_drawing_seeds_and_problems_again():
+    """Against the scatter of means with every seed and every problem new."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tables = [0.1 * draw(3, 1) + draw(1, 100) + 0.5 * draw(3, 100) for _ in range(2000)]
+    scatter = torch.stack([one.mean() for one in tables]).std().item()
+    errors = torch.tensor([eps_control.paired_error(one) for one in tables])
+    assert scatter == pytest.approx((0.1**2 / 3 + 1 / 100 + 0.5**2 / 300) ** 0.5, rel=0.05)
+    assert errors.square().mean().sqrt().item() == pytest.approx(scatter, rel=0.1)
+    assert eps_control.paired_error(torch.tensor([[1.0, 3.0]])) == pytest.approx(1.0)  # one seed
+
+
+@pytest.mark.parametrize(
+    ("last", "at_least", "found"),
+    [(0.5, 0.01, True), (0.305, 0.01, False), (0.2, 0.0, False), (0.305, 0.0, None)],
+)
+def test_the_smaller_step_decides(last, at_least, found):
+    noise = (-0.001, 0.0, 0.001)
+    values = {0.005: [0.1, 0.1, 0.1], 0.01: [0.3, 0.3, 0.3], 0.02: [last + d for d in noise]}
+    if found is None:
+        values[0.02] = [last + 10 * d for d in noise]
+    assert eps_control.rises(values, at_least) is found
 
 
 def test_reward_at_a_kl_lies_on_the_frontier():
@@ -221,6 +259,8 @@ def test_reward_at_a_kl_lies_on_the_frontier():
     assert eps_control.at_kl(2**0.5, frontier) == pytest.approx(0.4)  # half way in log KL
     assert eps_control.at_kl(2**1.5, frontier) == pytest.approx(0.7)
     assert eps_control.at_kl(4.0, frontier) == pytest.approx(0.8)
+    vectors = [(kl, torch.tensor([value, 0.0])) for kl, value in frontier]
+    assert eps_control.at_kl(2**0.5, vectors).tolist() == pytest.approx([0.4, 0.0])
     assert eps_control.at_kl(0.9, frontier) is None and eps_control.at_kl(4.1, frontier) is None
 
 
@@ -265,7 +305,27 @@ def test_entropy_of_one_token_is_the_exact_one():
 
 def test_reference_cost(tmp_path):
     reference_cost.main(reference_cost.Args(results=str(tmp_path), fast=True))
-    assert [verdict["claim"] for verdict in verdicts(tmp_path, "reference_cost")] == [14]
+    found = verdicts(tmp_path, "reference_cost")
+    assert [(verdict["claim"], verdict["where"]) for verdict in found] == [(14, "toy"), (14, "toy"), (14, "exact")]
+    # Mistral-7B by hand: embeddings and head, 32 layers, norms. 4 + 4 + 8 bytes each, 2 of linear layers for autocast.
+    linear = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336) + 32_000 * 4096
+    rest = 32_000 * 4096 + 65 * 4096
+    one, whole, sharded, half = reference_cost.count(lambda: sides.make_mistral({}, False, "meta")).values()
+    assert one == (18 * linear + 16 * rest, 2 * linear + 4 * rest)
+    assert whole == (2 * (linear + rest), 2 * (linear + rest))
+    assert sharded == (whole[0], whole[1] / 8) and half == (whole[0] / 2, whole[1] / 8)
+
+
+def test_bytes_of_a_step_are_those_of_a_real_one():
+    model = tiny.model("llama", vocab_size=64).float()
+    with torch.device("meta"):
+        expected = reference_cost.trained(type(model)(model.config))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    model(torch.arange(8)[None]).logits.sum().backward()
+    optimizer.step()
+    state = [value for own in optimizer.state.values() for value in own.values() if value.dim()]
+    held = [*model.parameters(), *(parameter.grad for parameter in model.parameters()), *state]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == expected == 16 * model.num_parameters()
 
 
 def verdict(claim, holds):
