@@ -20,7 +20,9 @@ The experiment. Races of four runners out of 48, each with a hidden speed; the w
 the best possible answer to "Who won?" is uncertain, more in some races than in others.
 
     base    a 0.1M-parameter Llama, supervised on winners of races that it sees once: it knows the runners in part,
-            and roughly how much it knows
+            and roughly how much it knows. Nothing can be gained over it, so a second one is supervised on 1,000 races
+            over and over, until it takes who happened to win for certain; that many by a pilot that looked at this
+            base alone (ECE 0.254, accuracy 0.503)
     pairs   other races: the winner's letter is chosen, a wrong one drawn at random is rejected, so a population with
             odds q prefers y to y' with q(y) / (q(y) + q(y')), and the optimum of Eq. 5 is (Prop. A.2, 3.2)
 
@@ -28,7 +30,7 @@ the best possible answer to "Who won?" is uncertain, more in some races than in 
 
             With beta 0.1 and ref near q that is q to the power 11 under DPO, and 11, 9.2, 7.3, 5.5, 2.8 and 1 for the
             alpha/beta swept here: training to the end must give this order, and overconfidence up to the last.
-    test    races that neither has seen
+    test    races that none has seen
 
 What differs from the paper: it trains a 7B model on one epoch of UltraFeedback (App. C.3) and asks about facts; here
 the pairs are questions of the same kind, since nothing carries over to them in a model this small. LoRA and its dropout
@@ -348,13 +350,15 @@ RUNNERS, FIELD = 48, 4
 SPEED_SPREAD = 1.5  # odds between two runners: e^(1.5 * sqrt 2), or 8 to 1, within one standard deviation
 TEST_RACES = 4000
 BASE_STEPS, BASE_BATCH, BASE_LR = 300, 64, 3e-3
+FEW_RACES = 1000  # of the overconfident base
+BASE, OVERCONFIDENT = "base", "overconfident base"
 BETA = 0.1
 STEPS, BATCH, LR = 300, 8, 1e-3
 SEEDS = 3
 NOTE = """
 
-The base is nearly calibrated by its making, so there is hardly anything to gain over it. As the pairs are about the
-very questions asked, Prop. 3.2 sharpens the answers at every alpha/beta below 11; pairs about other things, as the
+The first base is nearly calibrated by its making, so there is hardly anything to gain over it. As the pairs are about
+the very questions asked, Prop. 3.2 sharpens the answers at every alpha/beta below 11; pairs about other things, as the
 paper's, need not. That the probability of A-D falls is likelihood displacement: the loss compares two letters, and does
 not mind if all four lose to other words.
 """
@@ -394,8 +398,11 @@ def make_tokenizer(runners: dict[str, float]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
 
 
-def make_base(runners: dict[str, float], steps: int, folder: Path) -> None:
-    """A Llama supervised on the letter of the winner, and the end token behind it, of races that it sees once."""
+def make_base(runners: dict[str, float], steps: int, folder: Path, few: int = 0) -> None:
+    """A Llama supervised on the letter of the winner, and the end token behind it, of races.
+
+    few  so many races, over and over; 0: new ones at every step
+    """
     torch.manual_seed(0)
     rng = random.Random(1)
     tokenizer = make_tokenizer(runners)
@@ -406,8 +413,9 @@ def make_base(runners: dict[str, float], steps: int, folder: Path) -> None:
     model = LlamaForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=BASE_LR, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = get_scheduler("linear", optimizer, steps // 10, steps)
+    again = make_races(runners, few, rng)
     for _ in range(steps):
-        races = make_races(runners, BASE_BATCH, rng)
+        races = rng.sample(again, BASE_BATCH) if few else make_races(runners, BASE_BATCH, rng)
         rows = encode(tokenizer, [f"{prompt_text(race)} {LETTERS[race.answer]}</s>" for race in races])
         ids = torch.tensor(rows)  # (races, tokens): all are equally long
         logits = model(input_ids=ids, use_cache=False, logits_to_keep=3).logits[:, :2]  # of the letter and the end
@@ -459,41 +467,45 @@ def ece_noise(base: Calibration, seeds: list[Calibration], draws: int = 500) -> 
     return float(np.std(differences))
 
 
-def judge(base: Calibration, runs: dict[float, list[Calibration]]) -> list[report.Verdict]:
+def judge(base: Calibration, runs: dict[float, list[Calibration]], kind: str) -> report.Verdict:
+    """DPO and larger alpha/beta beside the base that they started from."""
+    first, lowest = min(runs), min(runs, key=lambda ratio: np.mean([run.ece for run in runs[ratio]]))
+    ece = {ratio: [run.ece for run in runs[ratio]] for ratio in (first, lowest)}
+    noise = ece_noise(base, runs[lowest])
+    return report.Verdict(
+        claim=11,
+        paper="DPL Fig. 4",
+        statement=f"DPO is calibrated worse than {kind}, a larger alpha/beta better.",
+        threshold=THRESHOLD_BASE,
+        holds=bool(min(ece[first]) > base.ece and np.mean(ece[lowest]) < base.ece - 2 * noise),
+        numbers=f"ECE of the base {base.ece:.3f}, of DPO {report.spread(ece[first])}, lowest at {lowest} "
+        f"with {report.spread(ece[lowest])}; standard error of the difference {noise:.3f}",
+    )
+
+
+def judge_sweep(runs: dict[float, list[Calibration]]) -> report.Verdict:
     ece = {ratio: [run.ece for run in seeds] for ratio, seeds in runs.items()}
     accuracy = {ratio: [run.accuracy for run in seeds] for ratio, seeds in runs.items()}
-    means = {ratio: np.mean(values) for ratio, values in ece.items()}
     first, last = min(runs), max(runs)
-    lowest = min(means, key=means.get)
-    noise = ece_noise(base, runs[lowest])
     least = min(accuracy, key=lambda ratio: np.mean(accuracy[ratio]))
-    falls = all(after < before for before, after in itertools.pairwise(means.values()))
+    falls = all(np.mean(after) < np.mean(before) for before, after in itertools.pairwise(ece.values()))
     kept = np.mean(accuracy[least]) >= np.mean(accuracy[first]) - ACCURACY_KEPT
-    return [
-        report.Verdict(
-            claim=11,
-            paper="DPL Fig. 4",
-            statement="The calibration error falls as alpha/beta rises, and the accuracy is kept.",
-            threshold=THRESHOLD_FALLS,
-            holds=bool(falls and max(ece[last]) < min(ece[first]) and kept),
-            numbers=f"ECE {report.spread(ece[first])} at alpha/beta 1, {report.spread(ece[last])} at {last}, "
-            f"{'falling' if falls else 'not falling'} at every step; accuracy {report.spread(accuracy[first])} at 1, "
-            f"lowest at {least} with {report.spread(accuracy[least])}",
-        ),
-        report.Verdict(
-            claim=11,
-            paper="DPL Fig. 4",
-            statement="DPO is calibrated worse than the base model, a larger alpha/beta better.",
-            threshold=THRESHOLD_BASE,
-            holds=bool(min(ece[first]) > base.ece and means[lowest] < base.ece - 2 * noise),
-            numbers=f"ECE of the base {base.ece:.3f}, of DPO {report.spread(ece[first])}, lowest at {lowest} "
-            f"with {report.spread(ece[lowest])}; standard error of the difference {noise:.3f}",
-        ),
-    ]
+    return report.Verdict(
+        claim=11,
+        paper="DPL Fig. 4",
+        statement="The calibration error falls as alpha/beta rises, and the accuracy is kept.",
+        threshold=THRESHOLD_FALLS,
+        holds=bool(falls and max(ece[last]) < min(ece[first]) and kept),
+        numbers=f"ECE {report.spread(ece[first])} at alpha/beta 1, {report.spread(ece[last])} at {last}, "
+        f"{'falling' if falls else 'not falling'} at every step; accuracy {report.spread(accuracy[first])} at 1, "
+        f"lowest at {least} with {report.spread(accuracy[least])}",
+    )
 
 
-def write_table(best: Calibration, base: Calibration, runs: dict[float, list[Calibration]]) -> str:
-    names = {"true odds": [best], "base": [base]} | {f"{ratio:g}": seeds for ratio, seeds in runs.items()}
+def write_table(best: Calibration, bases: dict[str, Calibration], runs: dict[str, dict[float, list]]) -> str:
+    names = {"true odds": [best]}
+    for kind, base in bases.items():
+        names |= {kind: [base]} | {f"{ratio:g}, from the {kind}": seeds for ratio, seeds in runs[kind].items()}
     fields = ("accuracy", "ece", "floor", "brier", "mass")
     rows = []
     for name, results in names.items():
@@ -503,7 +515,8 @@ def write_table(best: Calibration, base: Calibration, runs: dict[float, list[Cal
     return report.table(header, rows)
 
 
-def draw(best: Calibration, base: Calibration, runs: dict[float, list[Calibration]]):
+def draw(best: Calibration, bases: dict[str, Calibration], every: dict[str, dict[float, list]]):
+    base, runs = bases[BASE], every[BASE]
     figure, axes = report.axes(2, 2)
     shades = report.shades(list(runs))
     panels = {"ece": "ECE", "brier": "Brier score", "accuracy": "accuracy"}
@@ -517,6 +530,10 @@ def draw(best: Calibration, base: Calibration, runs: dict[float, list[Calibratio
         if field == "ece":
             floor = [np.mean([run.floor for run in seeds]) for seeds in runs.values()]
             axis.plot(list(runs), floor, ":", color="black", label="if calibrated, at this n")
+            axis.axhline(bases[OVERCONFIDENT].ece, color="#c7c7c7", linestyle="--", label=OVERCONFIDENT)
+            for ratio, seeds in every[OVERCONFIDENT].items():
+                label = "DPL from it" if ratio == min(runs) else None
+                axis.plot([ratio] * len(seeds), [run.ece for run in seeds], "kx", markersize=4, label=label)
         else:
             axis.axhline(getattr(best, field), color="black", linestyle=":", label="true odds")
         axis.set(xscale="log", xlabel="alpha / beta (1 is DPO)", ylabel=name)
@@ -546,27 +563,31 @@ def experiment(args: Args) -> None:
     folder = ROOT / args.runs
     folder.mkdir(parents=True, exist_ok=True)
     runners = make_runners()
-    make_base(runners, base_steps, folder / "base")
+    sweeps = {BASE: ratios, OVERCONFIDENT: (ratios[0], ratios[-1])}
+    make_base(runners, base_steps, folder / BASE)
+    make_base(runners, base_steps, folder / OVERCONFIDENT, FEW_RACES)
     test = make_races(runners, races, random.Random(2))
     for seed in range(seeds):
         rng = random.Random(100 + seed)
         write_pairs(folder / f"pairs-{seed}.jsonl", make_races(runners, steps * BATCH, rng), rng)
     jobs = {
-        (ratio, seed): partial(
-            train, folder / "base", folder / f"pairs-{seed}.jsonl", ratio, seed, steps, folder / f"{ratio}-{seed}"
+        (kind, ratio, seed): partial(
+            train, folder / kind, folder / f"pairs-{seed}.jsonl", ratio, seed, steps, folder / f"{kind}-{ratio}-{seed}"
         )
+        for kind, ratios in sweeps.items()
         for ratio in ratios
         for seed in range(seeds)
     }
-    runs = {ratio: [] for ratio in ratios}
-    for (ratio, _), model in zip(jobs, report.side_by_side(list(jobs.values()))):
-        runs[ratio].append(measure(str(model), test))
-    base = measure(str(folder / "base"), test)
+    runs = {kind: {ratio: [] for ratio in ratios} for kind, ratios in sweeps.items()}
+    for (kind, ratio, _), model in zip(jobs, report.side_by_side(list(jobs.values()))):
+        runs[kind][ratio].append(measure(str(model), test))
+    bases = {kind: measure(str(folder / kind), test) for kind in sweeps}
     chances = np.array([odds(runners, race.options) for race in test])  # (races, 4)
     best = metrics(chances, np.array([race.answer for race in test]), np.ones(races))
-    text = write_table(best, base, runs)
+    text = write_table(best, bases, runs)
     text += f"\n{races} test races; {seeds} seeds of pairs and LoRA, mean (range); {steps} steps of {BATCH} pairs."
-    report.save(args, "calibration", judge(base, runs), text + NOTE, draw(best, base, runs))
+    verdicts = [judge_sweep(runs[BASE]), *(judge(bases[kind], runs[kind], f"the {kind}") for kind in sweeps)]
+    report.save(args, "calibration", verdicts, text + NOTE, draw(best, bases, runs))
 
 
 def main(args: Args) -> None:

@@ -351,11 +351,12 @@ def test_races_are_calibrated_by_their_odds():
 def test_fast_version(tmp_path, inside):
     calibration.main(Args(fast=True, results=str(tmp_path / "results"), runs=str(tmp_path / "runs")))
     verdicts = json.loads((tmp_path / "results/calibration.json").read_text())["verdicts"]
-    assert [verdict["claim"] for verdict in verdicts] == [11, 11]
+    assert [verdict["claim"] for verdict in verdicts] == [11, 11, 11]
     assert (tmp_path / "results/calibration.png").stat().st_size > 10_000
     text = (tmp_path / "results/calibration.md").read_text()
-    assert "| base |" in text and "| true odds |" in text and "| 4 |" in text
-    assert json.loads((tmp_path / "runs/4-0/args.json").read_text())["alpha"] == pytest.approx(0.4)
+    assert "| base |" in text and "| true odds |" in text and "| 4, from the base |" in text
+    assert "| overconfident base |" in text and "| 4, from the overconfident base |" in text
+    assert json.loads((tmp_path / "runs/base-4-0/args.json").read_text())["alpha"] == pytest.approx(0.4)
     base = tmp_path / "runs/base"
     tokens, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     question = Question("Who won the race?", list(calibration.make_runners())[:4], 0)
@@ -402,4 +403,5 @@ def test_verdicts(ece, accuracy_at_4, holds):
         ratio: [replace(some, ece=value + d, accuracy=accuracy_at_4 if ratio == 4 else 0.5) for d in (-0.01, 0, 0.01)]
         for ratio, value in ece.items()
     }
-    assert [verdict.holds for verdict in calibration.judge(replace(some, ece=0.15), runs)] == holds
+    found = calibration.judge_sweep(runs), calibration.judge(replace(some, ece=0.15), runs, "the base")
+    assert [verdict.holds for verdict in found] == holds
