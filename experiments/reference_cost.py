@@ -133,6 +133,7 @@ def main(args: Args) -> None:
         rows.append([recipe, *parts, f"{room / 1e9:.1f} GB" if room > 0 else "none is enough"])
     header = ["", "policy and optimizer (GB)", "reference (GB)", "saved without it", "13.6% at activations of"]
     text += report.table(header, rows)
+    text += "\nOn a device of 80 GB, as the paper's, 13.6% fits the last row alone.\n"
 
     verdicts = [
         report.Verdict(
