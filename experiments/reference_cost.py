@@ -18,7 +18,7 @@ in a step either.
 
 import sys
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, stdev
 
 import report
 import torch
@@ -35,8 +35,16 @@ BASES = {"dpo live": "DPO, live reference", "dpo stored": "DPO, stored log-probs
 PAPER = 0.136  # of DPO's memory
 ONE, EIGHT = "as eps_dpo.py, one device", "as eps_dpo.py, each of 8 under FSDP2"
 
-TIME = "against a live reference: at least half of the paper's saving, so a median ratio of at most 0.875"
-MEMORY = "against a live reference: at least half of the paper's saving, so peak memory of at most 0.932"
+# The errors came after a run on a busy machine, whose ratios of time went from 0.63 to 1.44, and where two steps that
+# hold the same differed by 3% in peak memory. With them both verdicts are harder to get.
+TIME = (
+    "against a live reference: the median step saves at least half of what the paper's does, 0.125; undecided within "
+    "two standard errors over the steps"
+)
+MEMORY = (
+    "against a live reference: peak memory is at least half of the paper's saving lower, 0.068; undecided within twice "
+    "what DGPO and DPO with stored log-probs, whose steps hold the same, are apart"
+)
 COUNTED = (
     "weights, gradients, moments and reference at Mistral-7B's shape, in the types in which the scripts hold them, on "
     "one device and on each of 8: without the reference at most 0.932 of what it is with it, which is half of the "
@@ -52,6 +60,11 @@ class Args:
     """Where the table and the figure go"""
     fast: bool = False
     """One turn, to see that it runs; its verdicts mean little"""
+
+
+def error(values: list[float]) -> float:
+    """Standard error of their mean."""
+    return stdev(values) / len(values) ** 0.5
 
 
 def size(tensors) -> int:
@@ -138,13 +151,13 @@ def main(args: Args) -> None:
     verdicts = [
         report.Verdict(
             14, "DGPO Fig. 3", "No reference model: less time than DPO (25%).", TIME,
-            median(times["dpo live"]) <= 0.875,
+            report.decide(1 - median(times["dpo live"]), 0.0 if args.fast else error(times["dpo live"]), 0.125),
             "; ".join(f"against {label}: {shown[base]}" for base, label in BASES.items())
             + " (median and range over steps)",
         ),
         report.Verdict(
             14, "DGPO Fig. 3", "No reference model: less memory than DPO (13.6%).", MEMORY,
-            memory["dpo live"] <= 0.932,
+            report.decide(1 - memory["dpo live"], abs(1 - memory["dpo stored"]), 0.068),
             "; ".join(f"against {label}: {memory[base]:.3f}" for base, label in BASES.items()),
         ),
         report.Verdict(
