@@ -8,10 +8,11 @@
     eps_dpo         eps_dpo.forward, with the same frozen model
     dpo unshared    DPO with stored reference log-probs, each response run with a prompt of its own
     dpo_pg          the two passes of dpo_pg.py and the projection
+    dpo_pg shared   the same gradients from one forward over packed pairs, gone back through twice
 
-The pairs of a step are packed in one row of tokens, in the last two in one for chosen and one for rejected responses.
-Each variant runs in a process of its own, whose peak memory is given. They take turns; a ratio is the median over the
-turns.
+The pairs of a step are packed in one row of tokens, in "dpo unshared" and "dpo_pg" in one for chosen and one for
+rejected responses. Each variant runs in a process of its own, whose peak memory is given. They take turns; a ratio is the
+median over the turns.
 """
 
 import json
@@ -25,7 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-VARIANTS = ("dpo live", "dpo stored", "dgpo", "eps_dpo", "dpo unshared", "dpo_pg")
+VARIANTS = ("dpo live", "dpo stored", "dgpo", "eps_dpo", "dpo unshared", "dpo_pg", "dpo_pg shared")
 TURNS, BATCH_SIZE = 5, 8
 
 
@@ -68,13 +69,24 @@ def side(variant: str, steps: int) -> None:
         a, b = common.response_logps(model, batch)
         return -logsigmoid(BETA * ((a - a0) - (b - b0)))
 
+    def halves(own: list[dict]):
+        """The two losses of DPO-PG; of one forward, the second keeps what the first has used."""
+        if variant == "dpo_pg":
+            yield from (-alone(own, part).sum() for part in ("chosen", "rejected"))
+        else:
+            batch = common.collate(own)
+            logits = common.response_logits(model, batch)
+            for odd in (0, 1):  # copies, as token_logps writes its gradient over what it is given
+                mine = batch.response % 2 == odd
+                yield -common.token_logps(logits[mine], batch.targets[mine]).sum()
+
     for turn, _ in enumerate(sys.stdin):
         started = time.perf_counter()
         own = rows[BATCH_SIZE * turn :][:BATCH_SIZE]
-        if variant == "dpo_pg":
+        if variant.startswith("dpo_pg"):
             gradients = []
-            for part in ("chosen", "rejected"):
-                (-alone(own, part).sum() / BATCH_SIZE).backward()
+            for number, loss in enumerate(halves(own)):
+                (loss / BATCH_SIZE).backward(retain_graph=variant == "dpo_pg shared" and number == 0)
                 gradients.append([parameter.grad for parameter in parameters])
                 optimizer.zero_grad()
             dpo_pg.inner(*gradients), dpo_pg.inner(gradients[0], gradients[0]), dpo_pg.inner(gradients[1], gradients[1])
@@ -131,6 +143,7 @@ def main() -> None:
         ("dgpo", "dpo stored"),
         ("eps_dpo", "dpo live"),
         ("dpo_pg", "dpo unshared"),
+        ("dpo_pg shared", "dpo_pg"),
     ):
         ratios = [one / other for one, other in zip(found[ours][0], found[base][0])]
         print(
