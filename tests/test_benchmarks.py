@@ -1,10 +1,16 @@
-"""benchmarks/: the parts that need neither a GPU nor TRL. Nothing here looks at how long something took."""
+"""benchmarks/: what needs neither a GPU nor, but for one test, TRL. Nothing here looks at how long something took."""
 
+import dataclasses
+import inspect
+import itertools
+import json
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from test_packing import slow_varlen
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(tiny.ROOT / "benchmarks"))
@@ -13,7 +19,7 @@ import gpu  # noqa: E402
 import options  # noqa: E402
 import speed  # noqa: E402
 import steps  # noqa: E402
-from sides import BETA, VOCABULARY, make_model, make_pairs, stored_dpo_losses  # noqa: E402
+from sides import BETA, VOCABULARY, make_mistral, make_model, make_pairs, stored_dpo_losses  # noqa: E402
 
 import common  # noqa: E402
 
@@ -23,39 +29,136 @@ SHAPE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("objective", gpu.OBJECTIVES)
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_every_variant_takes_its_steps(tuning, objective):
-    found = gpu.side(SHAPE, tuning, objective, "hh", "cpu", gpu.Args(pairs=2, steps=1))
-    assert len(found["seconds"]) == 1 and found["flops"] > 0 and found["tokens_per_second"] > 0
-    assert found["off"] < 1e-3 and found["off_padded"] < 1e-3  # float32: rounding alone
-    shown = gpu.table({"one": found, "two": {"failed": "out of memory"}}, rate=1e12, peak=None)
-    assert "out of memory" in shown and shown.count("\n") == 3
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """gpu.py on the CPU with a tiny model, its items one after the other in this process."""
+    values = {"DEVICE": "cpu", "SHAPE": SHAPE, "LAYERS": 2, "layers_that_fit": lambda: 4, "matmul_rate": lambda: 1e12}
+    values["launch"] = lambda item, args, _seconds: gpu.ITEMS[item](args)
+    for name, value in values.items():
+        monkeypatch.setattr(gpu, name, value)
+    return gpu.Args(lengths="hh", pairs=2, steps=1, trl_batches=(1, 2), save=str(tmp_path / "found"))
+
+
+class TrlSide:
+    """In place of TRL: the first per-device batch runs, the second does not."""
+
+    def __init__(self, _python, _script, device_batch, **spec):
+        self.ready, self.steps = {"logps": [-1.0]}, spec["steps"]
+        if device_batch == 2:
+            raise speed.Failed("CUDA out of memory")
+
+    def step(self):
+        return {"seconds": 2.0, "peak": 10**9}
+
+    def end(self):
+        pass
+
+
+def test_whole_list_for_a_gpu(small, monkeypatch):
+    """Each item has its rows in both files, the one that fails its error, and the rest go on."""
+    monkeypatch.setitem(gpu.ITEMS, "tests", lambda _args: 1 / 0)
+    monkeypatch.setitem(gpu.ITEMS, "resume", lambda _args: [("resume", {"text": "as below"})])
+    monkeypatch.setattr(gpu, "Side", TrlSide)
+    gpu.main(small)
+    rows = [json.loads(line) for line in Path(f"{small.save}.jsonl").read_text().splitlines()]
+    found, page = {row["title"]: row for row in rows}, Path(f"{small.save}.md").read_text()
+    assert list(dict.fromkeys(row["item"] for row in rows)) == list(gpu.BUDGET)
+    assert all(title in page for title in found)
+    failed = {title: row["failed"] for title, row in found.items() if "failed" in row}
+    assert failed.pop("tests") == "division by zero"
+    assert {failed.pop(f"trl {tuning}") for tuning in ("lora", "full")} == {"CUDA out of memory"}
+    assert set(failed) <= {"memory"}  # where there is no memory.py yet
+    for model in ("lora, 2 layers", "full, 2 layers", "full, 4 layers"):
+        noise = found[f"hh, {model}, log-probs"]
+        assert noise["off"] < 1e-3 and noise["off_padded"] < 1e-3  # float32: rounding alone
+        for objective in gpu.OBJECTIVES:
+            row = found[f"hh, {model}, {objective}"]
+            assert len(row["seconds"]) == 1 and row["flops"] > 0 and row["tokens_per_second"] > 0
+    assert page.count("dgpo / dpo live: time") == 3 and page.count("on this line 2 layers take") == 4
+    gpu.main(dataclasses.replace(small, minutes=0))
+    rows = [json.loads(line) for line in Path(f"{small.save}.jsonl").read_text().splitlines()]
+    assert {row["failed"] for row in rows} == {"not run: time"} and len(rows) == len(gpu.BUDGET)
+
+
+def test_item_of_its_own_process():
+    """Its rows come through; what ends it is its error, here that there is no GPU, or its time."""
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    ((title, found),) = gpu.launch("tests", gpu.Args(), 600)
+    assert title == "tests" and " skipped" in found["text"]
+    with pytest.raises(speed.Failed, match="CUDA"):
+        list(gpu.launch("device", gpu.Args(), 600))
+    with pytest.raises(speed.Failed, match="ended after 0 s"):
+        list(gpu.launch("device", gpu.Args(), 0.01))
+
+
+@pytest.mark.slow
+def test_toy_is_killed_and_resumed(small, monkeypatch, tmp_path):
+    """On a CPU a resumed run ends in the very weights of an undisturbed one."""
+    model, pairs = tiny.write_model(tmp_path / "model"), tiny.write_pairs(tmp_path / "pairs.jsonl")
+    flags = "--lr 1e-3 --batch-size 4 --steps 12 --save-every 2"
+    monkeypatch.setattr(gpu, "TOY", ["--model", str(model), "--dataset", str(pairs), *flags.split()])
+    monkeypatch.setattr(gpu, "KILLED", 3)
+    ((_, found),) = gpu.resume(small)
+    assert found["off"] == found["again"] == 0 < found["moved"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_trl_takes_the_same_steps(tuning):
+def test_trl_takes_the_same_steps(tuning, small):
     """Where TRL is installed: the same random weights and pairs, and so the same log-probs."""
     pytest.importorskip("trl")
-    args = gpu.Args(pairs=2, steps=1, trl_batches=(1, 2))
-    ours = gpu.side(SHAPE, tuning, "dpo stored", "hh", "cpu", args)
-    found = gpu.trl(sys.executable, SHAPE, tuning, "hh", "cpu", args, ours)
-    assert found["off"] < 1e-3 and found["device_batch"] in (1, 2) and len(found["seconds"]) == 1
-    assert "| TRL |" in gpu.table({"TRL": found}, rate=1e12, peak=1e13)
+    (_, one), (_, two) = gpu.trl(tuning, small)
+    model, rows = gpu.make_model(tuning, one["layers"]), make_pairs("hh", 2)
+    chosen, rejected = torch.tensor(gpu.noise(model, rows)["logps"]).chunk(2)
+    for found in (one, two):
+        assert found["logps"] == pytest.approx(torch.stack([chosen, rejected], 1).flatten().tolist(), abs=1e-3)
 
 
-def test_trl_that_fails_is_a_line_of_the_table():
-    args = gpu.Args(pairs=4, steps=1, trl_batches=(3, 4))  # 3 does not divide 4
-    found = gpu.trl(sys.executable, SHAPE, "lora", "hh", "cpu", args, {})
-    assert "3 pairs a device do not divide a step of 4" in found["failed"] or "No module named 'trl'" in found["failed"]
-    assert found["failed"] in gpu.table({"TRL": found}, rate=1e12, peak=None)
+def test_padded_batches():
+    """All pairs in their order, none with more tokens than it may have, none that could take the next one as well."""
+    rows, most = make_pairs("hh", 40), 2000
+    batches = gpu.split(rows, most, padded=True)
+    assert [row for batch in batches for row in batch] == rows
+
+    def tokens(batch):
+        return sum(
+            2 * max(len(row["prompt_ids"] + row[f"{p}_ids"]) for row in batch for p in ("chosen", "rejected"))
+            for _ in batch
+        )
+
+    assert all(tokens(batch) <= most or len(batch) == 1 for batch in batches)
+    assert all(tokens([*batch, after[0]]) > most for batch, after in itertools.pairwise(batches))
+
+
+@pytest.mark.parametrize("lacks", [[], ["enable_gqa"], ["window_size", "enable_gqa"]])
+def test_attention_under_an_older_torch(lacks, monkeypatch):
+    """Without its flag for grouped heads the same call; without windows, or a scale, no FlashAttention."""
+    takes = [name for name in ("scale", "window_size", "enable_gqa") if name not in lacks]
+
+    def attend(q, k, v, *starts, **options):
+        assert set(options) <= set(takes)
+        return slow_varlen(q, k, v, *starts, **options | {"enable_gqa": True})
+
+    parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in takes]
+    attend.__signature__ = inspect.Signature(parameters)
+    batch = common.collate(tiny.pair_rows())
+    torch.manual_seed(0)
+    tokens = batch.input_ids.shape[1]
+    inputs = [torch.randn(1, heads, tokens, 8) for heads in (4, 2, 2)]
+    monkeypatch.setattr(common, "varlen_attn", attend)
+    monkeypatch.setattr(common, "flash_takes", lambda *_: True)
+    text = gpu.fit_attention()
+    assert all(name in text for name in lacks) and ("lacks" in text) == bool(lacks)
+    found, _ = common.packed_attention(torch.nn.Identity(), *inputs, None, packed=batch, sliding_window=7)
+    monkeypatch.setattr(common, "flash_takes", lambda *_: False)
+    expected, _ = common.packed_attention(torch.nn.Identity(), *inputs, None, packed=batch, sliding_window=7)
+    torch.testing.assert_close(found, expected)
 
 
 def test_operations_are_those_that_torch_counts():
     """Linear layers and the head of one unshared forward and backward; attention is left to the formula's last term."""
-    model = gpu.make_model(SHAPE, "full", "cpu")
-    model.activation_checkpointing_disable()
+    model = make_mistral(SHAPE, False, "cpu")
     config, row = model.config, make_pairs("hh", 1)[0]
     prompt, response = len(row["prompt_ids"]), len(row["chosen_ids"])
     ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"][:-1]])
