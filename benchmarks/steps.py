@@ -11,8 +11,8 @@
     dpo_pg shared   the same gradients from one forward over packed pairs, gone back through twice
 
 The pairs of a step are packed in one row of tokens, in "dpo unshared" and "dpo_pg" in one for chosen and one for
-rejected responses. Each variant runs in a process of its own, whose peak memory is given. They take turns; a ratio is the
-median over the turns.
+rejected responses. Each variant runs in a process of its own, whose peak memory is given. They take turns; a ratio is
+the median over the turns.
 """
 
 import json
