@@ -10,10 +10,10 @@ gap of their log-probs and weighs it with how likely the model finds them, so as
     log pi_w, log pi_l    log-probs of the chosen and the rejected response, averaged over its tokens (docs/dgpo.md)
     pi_w, pi_l            their exponentials; part of the graph, not detached (Sec. 3.2 differentiates them)
 
-On the toy (two CPU cores, half a minute), on one GPU, on eight:
+On the toy (two CPU cores, half a minute), on one GPU with LoRA, on eight:
 
     python dgpo.py --model toy/model --dataset toy/train.jsonl --eval-dataset toy/test.jsonl --lr 1e-5
-    python dgpo.py --model mistralai/Mistral-7B-Instruct-v0.2 --gradient-checkpointing
+    python dgpo.py --model mistralai/Mistral-7B-Instruct-v0.2 --lora-rank 16 --lr 1e-5 --gradient-checkpointing
     accelerate launch --config_file configs/fsdp2.yaml dgpo.py --model mistralai/Mistral-7B-Instruct-v0.2
 """
 
@@ -139,8 +139,8 @@ def check_output_dir(args: Args) -> str:
     with failing(f"cannot write to --output-dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    for name, value in vars(args).items():
-        source = Path(value) if isinstance(value, str) and value and name != "output_dir" else Path("/")
+    for name in ("model", "dataset", "eval_dataset", "ref_model"):
+        source = Path(getattr(args, name, "") or "/")
         if source.exists() and source.resolve().is_relative_to(folder.resolve()):
             fail(f"--{name.replace('_', '-')} {source} lies in --output-dir {folder}, which the run writes to")
     taken = [name for name in RUN if (folder / name).exists()]
@@ -148,7 +148,8 @@ def check_output_dir(args: Args) -> str:
         fail(f"{folder} holds {', '.join(taken)} but no args.json, so it is no run: choose another --output-dir")
     if taken and args.resume == args.overwrite:
         fail(f"{folder} already holds a run: choose another --output-dir, --resume it or --overwrite it; choose one")
-    before = json.loads((folder / "args.json").read_text()) if taken and args.resume else {}
+    with failing(f"{folder}/args.json"):
+        before = json.loads((folder / "args.json").read_text()) if taken and args.resume else {}
     free = MAY_DIFFER - ({"tokens_per_device"} if args.lora_dropout else set())  # what is dropped depends on the rows
     if args.schedule == "constant_with_warmup" and not 0 < args.warmup < 1:
         free |= {"epochs", "steps"}  # a longer run has the same learning rates
@@ -225,7 +226,7 @@ def main(args: Args) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # FSDP2 made new ones
     warmup_steps = round(args.warmup * total_steps if args.warmup < 1 else args.warmup)
     schedule = get_scheduler(args.schedule, optimizer, warmup_steps, total_steps)  # a prepared one steps per process
-    # Gradients and moments come with the first step; whether there is room for them shows now.
+    # Gradients and moments come with the first step; whether there is room shows now, as this is freed at once.
     local = sum(p.numel() for p in trained) // (accelerator.num_processes if fsdp else 1)
     torch.empty(local, 3 if args.optimizer == "adamw" else 2, dtype=torch.float32, device=accelerator.device)
     common.check_packing(model, train_data, accelerator.device, eval_data)
@@ -241,7 +242,8 @@ def main(args: Args) -> None:
         accelerator.print(f"  {name[:-4]:<9}{len(ids):>5} tokens  {text}")
 
     # The output directory: a new run, or the last checkpoint of the one to resume
-    folder, data, quiet = Path(args.output_dir), common.fingerprint(train_data), not accelerator.is_local_main_process
+    folder, quiet = Path(args.output_dir), not accelerator.is_local_main_process
+    data = common.fingerprint(train_data, eval_data and common.fingerprint(eval_data))
     resumed = args.resume and (folder / "metrics.jsonl").exists()  # else killed before it began, or as it was deleted
     checkpoints = sorted(folder.glob("checkpoints/step-*")) if resumed else []
     state = json.loads((checkpoints[-1] / "state.json").read_text()) if checkpoints else {"step": 0, "data": data}
@@ -253,7 +255,7 @@ def main(args: Args) -> None:
     if main_process:
         unused = [*checkpoints[:-2], folder / "checkpoints" / "writing"]
         for path in unused if checkpoints else [folder / name for name in RUN]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         (folder / "args.json.writing").write_text(json.dumps(vars(args) | {"began": began}, indent=2) + "\n")
         os.replace(folder / "args.json.writing", folder / "args.json")
     accelerator.wait_for_everyone()
@@ -365,6 +367,7 @@ def main(args: Args) -> None:
                     os.replace(old, writing)
                     shutil.rmtree(writing)
     progress.close()
+    history[-1] |= evaluate() if eval_data and "eval/loss" not in history[-1] else {}  # resumed where it had to end
 
     # model/, in the type of the checkpoint that it came from, built anew from it: the same code for one process, DDP,
     # FSDP2, whose shards all processes gather, and LoRA, whose adapters are merged in model/ and alone in adapter/.
@@ -372,7 +375,6 @@ def main(args: Args) -> None:
     weights = dcp_state.get_model_state_dict(model, options=options)
     if main_process:
         fresh = load_model(args.model, "auto")
-        before = look.answers(fresh, tokenizer, eval_data or train_data)
         fresh = get_peft_model(fresh, lora) if args.lora_rank else fresh
         assert not fresh.load_state_dict(weights, strict=False).unexpected_keys
         if args.lora_rank:
@@ -382,14 +384,11 @@ def main(args: Args) -> None:
         for path in [folder / "model.writing"] + [folder / "adapter"] * bool(args.lora_rank):
             tokenizer.save_pretrained(path)
             look.write_card(path, title, __doc__, vars(args), MAY_DIFFER, history[-1])
-        look.write_samples(folder / "samples.md", before, look.answers(fresh, tokenizer, eval_data or train_data))
         shutil.rmtree(folder / "model", ignore_errors=True)
         os.replace(folder / "model.writing", folder / "model")
-    accelerator.print(f"\n{'evaluation pairs: start -> end' if eval_data else 'of two training batches: first, last'}")
-    for name in shown:
-        first, last = (row[f"eval/{name}" if eval_data else name] for row in (history[not eval_data], history[-1]))
-        accelerator.print(f"  {name:<18}{first:9.4f} -> {last:9.4f}")
-    accelerator.print(f"{look.pace(history, args.batch_size)}\nin {folder}: model/, curves.png, samples.md")
+        del fresh, weights  # room for the models that answer, on the CPU and so last
+        look.write_samples(folder / "samples.md", args.model, folder / "model", tokenizer, eval_data or train_data)
+    accelerator.print(f"\n{look.summary(history, shown, args.batch_size)}\nin {folder}: model/, curves.png, samples.md")
     accelerator.end_training()
 
 

@@ -4,6 +4,7 @@ Nothing here changes a number. Take the lines with `look.` out of a copied scrip
 """
 
 import json
+import os
 import re
 import sys
 from datetime import timedelta
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+
+from common import load_model
 
 
 def plot_curves(path: Path, title: str, history: list[dict], panels: dict[str, str]) -> None:
@@ -34,13 +37,13 @@ def plot_curves(path: Path, title: str, history: list[dict], panels: dict[str, s
             axis.plot(line, ".-" if key.startswith("eval/") else "-", color=color, label=key)
         axis.set(xlabel="optimizer step", ylabel=unit)
         axis.legend()
-    axes[0, 0].set_title(title)
+    axes[0, 0].set_title(title.encode(errors="replace").decode(), parse_math=False)  # paths may hold anything
     figure.savefig(path)
     plt.close(figure)
 
 
 @torch.no_grad()
-def answers(model, tokenizer, dataset: Dataset, most: int = 100) -> dict[str, str]:
+def answers(model, tokenizer, dataset: Dataset, most: int = 64) -> dict[str, str]:
     """The first three prompts that differ, and behind each of them the likeliest token at most `most` times."""
     prompts = [list(ids) for ids in dict.fromkeys(map(tuple, dataset[:64]["prompt_ids"]))][:3]
     width, ends = max(map(len, prompts)), [tokenizer.eos_token_id, model.generation_config.eos_token_id]
@@ -49,16 +52,22 @@ def answers(model, tokenizer, dataset: Dataset, most: int = 100) -> dict[str, st
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     options = {"max_new_tokens": most, "do_sample": False, "pad_token_id": 0, "eos_token_id": ends}
     try:
-        texts = tokenizer.batch_decode(model.generate(ids, attention_mask=mask, **options)[:, width:], True)
+        found = model.generate(ids, attention_mask=mask, repetition_penalty=1.0, **options)[:, width:]
     except Exception as error:  # some models generate in a way of their own, and no run is lost for samples
-        texts = [f"({type(error).__name__}: {error})"] * len(prompts)
-    return dict(zip(tokenizer.batch_decode(prompts), texts))
+        return dict.fromkeys(tokenizer.batch_decode(prompts), f"({type(error).__name__}: {error})")
+    return dict(zip(tokenizer.batch_decode(prompts), tokenizer.batch_decode(found, skip_special_tokens=True)))
 
 
-def write_samples(path: Path, before: dict[str, str], after: dict[str, str]) -> None:
-    """Answers to prompts before and after training, as markdown."""
+def write_samples(path: Path, base: str, trained: Path, tokenizer, dataset: Dataset) -> None:
+    """Answers of two models, one loaded after the other, to prompts of dataset, as markdown."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)  # the other processes are done, and launchers leave each one thread
+    before, after = (answers(load_model(str(model), "auto"), tokenizer, dataset) for model in (base, trained))
+    torch.set_num_threads(threads)
     parts = [(("Prompt", p), ("Before training", before[p]), ("After training", after[p])) for p in after]
-    path.write_text("\n".join(f"# {name}\n\n~~~\n{text}\n~~~\n" for part in parts for name, text in part))
+    fence = "~" * 10
+    text = "\n".join(f"# {name}\n\n{fence}\n{text}\n{fence}\n" for part in parts for name, text in part)
+    path.write_text(text, encoding="utf-8", errors="replace")
 
 
 def write_card(folder: Path, title: str, about: str, settings: dict, left_out: set[str], numbers: dict) -> None:
@@ -74,17 +83,26 @@ def write_card(folder: Path, title: str, about: str, settings: dict, left_out: s
     lines += [f"# {title}", "", f"[{paper}]({address})", ""]
     lines += ["| evaluation pairs | |", "|---|---|", *rows, ""] * bool(rows)
     flags = json.dumps({name: value for name, value in settings.items() if name not in left_out}, indent=2)
-    (folder / "README.md").write_text("\n".join([*lines, "```json", flags, "```", ""]))
+    text = "\n".join([*lines, "```json", flags, "```", ""])
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="replace")
 
 
-def pace(history: list[dict], batch_size: int) -> str:
-    """Time in steps, speed and memory of a run, in a line."""
-    seconds = sum(row["seconds"] for row in history[1:])
-    tokens = sum(row["seconds"] * row["tokens_per_second"] for row in history[1:])
-    return (
-        f"time    {timedelta(seconds=round(seconds))}, {batch_size * len(history[1:]) / seconds:.1f} pairs/s, "
-        f"{tokens / seconds:,.0f} tokens/s, peak memory {max(row['memory_gb'] for row in history[1:]):.1f} GB"
+def summary(history: list[dict], names: tuple[str, ...], batch_size: int) -> str:
+    """What became of metrics from the first to the last row, the run's time in steps, its speed and its memory."""
+    steps, evaluated = history[1:], "eval/loss" in history[0]
+    lines = ["evaluation pairs: start -> end"]
+    if not evaluated:
+        lines = ["two training batches, first and last (--eval-dataset or --eval-split give pairs for evaluation)"]
+    for name in names:
+        first, last = (row[f"eval/{name}" if evaluated else name] for row in (history[not evaluated], history[-1]))
+        lines.append(f"  {name:<18}{first:9.4f} -> {last:9.4f}")
+    seconds = sum(row["seconds"] for row in steps)
+    tokens = sum(row["seconds"] * row["tokens_per_second"] for row in steps)
+    pairs, most = batch_size * len(steps), max(row["memory_gb"] for row in steps)
+    lines.append(
+        f"time    {timedelta(seconds=round(seconds))}, {pairs / seconds:.1f} pairs/s, {tokens / seconds:,.0f} tokens/s"
     )
+    return "\n".join([*lines, f"memory  {most:.1f} GB at its peak"])
 
 
 def peak_memory(device) -> float:

