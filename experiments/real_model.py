@@ -1,0 +1,447 @@
+"""All five scripts on a real model and real pairs: displacement, diversity, adaptive beta (claims 6, 7, 8 and 12)
+
+    DGPO       https://openreview.net/forum?id=wmi6satsIu    Fig. 1, 2, Table 3: DPO lowers the chosen log-prob, DGPO
+                                                             raises it
+    DPO-PG     https://arxiv.org/abs/2505.23761              Fig. 8, 9: chosen up, rejected not up, and DPO's loss falls
+    H-DPO      https://arxiv.org/abs/2411.07595              Table 2: diversity rises with alpha in 0.8 ... 1.2
+    eps-DPO    https://arxiv.org/abs/2502.13177              Fig. 3: a larger eps adapts more often
+
+    python experiments/real_model.py --dataset hh_harmless.jsonl.gz        (docs/real_models.md; two CPU cores)
+    python experiments/real_model.py --model mistralai/Mistral-7B-Instruct-v0.2 --dataset-config "" \
+        --dataset HuggingFaceH4/ultrafeedback_binarized --split train_prefs --max-tokens 2048 --held-out 500 \
+        --steps 400 --batch-size 64 --lora-rank 16 --gradient-checkpointing --prompts 200 --samples 25 \
+        --max-new-tokens 512 --jobs 1        (one GPU)
+
+Every method takes the same steps on the same pairs, which are no near-duplicates. What a run has done is measured on
+pairs with other prompts, pair by pair against the model before training, so that errors are standard errors over
+held-out pairs (of a mean over seeds, where there are several) or, for samples, over prompts. They say nothing of other
+training pairs. The learning rate is large because the steps are few: in a pilot, eight steps at 5e-6 moved DPO's
+held-out log-probs by a hundredth of a nat a token. DPO-PG's is its script's.
+"""
+
+import json
+import math
+import os
+import shutil
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+import report
+import torch
+import tyro
+
+sys.path.insert(0, str(report.ROOT))
+
+import common  # noqa: E402
+import eps_dpo  # noqa: E402
+import eval_passk  # noqa: E402
+import preferences  # noqa: E402
+from grading.metrics import distinct, self_bleu, words  # noqa: E402
+
+MAY_DIFFER = {"seeds", "jobs", "resume", "results", "fast"}  # flags that a run may go on with
+
+SCORING = threading.Lock()  # transformers loads wrong weights where two threads load at once
+
+BETA = 0.1
+# Arguments beside those that all share; each method's schedule and optimizer are its script's.
+METHODS = {
+    "DPO": ("hdpo.py", "--alpha", 1, "--beta", BETA),
+    "H-DPO 0.8": ("hdpo.py", "--alpha", 0.8, "--beta", BETA),
+    "H-DPO 1.2": ("hdpo.py", "--alpha", 1.2, "--beta", BETA),
+    "DPL 2": ("dpl.py", "--alpha", 2 * BETA, "--beta", BETA),
+    "eps-DPO": ("eps_dpo.py", "--beta", BETA, "--epsilon", 0.01),
+    "DGPO": ("dgpo.py",),
+    "DPO-PG": ("dpo_pg.py",),
+}
+WITH_SEEDS = ("DPO", "DGPO")  # the others run once
+ALPHAS = {0.8: "H-DPO 0.8", 1.0: "DPO", 1.2: "H-DPO 1.2"}
+EPSILONS = (0.005, 0.01, 0.02)
+MEASURES = {"entropy": "entropy", "distinct_2": "Distinct-2", "self_bleu": "Self-BLEU"}
+
+LOWERS = "DPO's chosen log-prob on held-out pairs: lower than at the start by more than two standard errors"
+RAISES = "DGPO's chosen log-prob on held-out pairs: higher than at the start by more than two standard errors"
+CLAIM_7 = (
+    "held-out pairs, by more than two standard errors: chosen log-prob higher and DPO's loss lower than at the start, "
+    "and the rejected log-prob not higher"
+)
+CLAIM_8 = (
+    "alpha 1.2 less alpha 0.8, by more than two standard errors over prompts: entropy and Distinct-2 higher, Self-BLEU "
+    "lower"
+)
+OFTEN = (
+    "held-out pairs under eps-DPO's policy: the share of adapted pairs rises from eps 0.005 to 0.02 by more than two "
+    "standard errors"
+)
+
+
+@dataclass
+class Args:
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Model to train: on the hub or a directory"""
+    dataset: str = "Anthropic/hh-rlhf"
+    """Pairs: hub, .json, .jsonl or .parquet"""
+    dataset_config: str = "harmless-base"
+    """Configuration, or folder, of a hub data set"""
+    split: str = "test"
+    """Split from which training and held-out pairs are taken"""
+    max_tokens: int = 100
+    """Longest pair that is used: tokens of prompt, chosen and rejected together"""
+    held_out: int = 24
+    """Pairs for evaluation, whose prompts are not trained on"""
+    steps: int = 20
+    """Optimizer steps of a run"""
+    batch_size: int = 4
+    """Pairs of a step"""
+    lr: float = 2e-5
+    """Peak learning rate"""
+    lr_pg: float = 1e-6
+    """DPO-PG's, whose RMSprop moves further at the same rate"""
+    lora_rank: int = 0
+    """Rank of adapters; 0: train all weights"""
+    gradient_checkpointing: bool = False
+    """Less memory, a third more time"""
+    seeds: int = 3
+    """Runs of DPO and of DGPO"""
+    prompts: int = 24
+    """Held-out prompts to sample"""
+    samples: int = 8
+    """Samples of each"""
+    max_new_tokens: int = 48
+    """Longest sample"""
+    jobs: int = 2
+    """Runs side by side, which share the cores; 1 on a GPU"""
+    runs: str = "runs/real_model"
+    """Where the runs go, and a float32 copy of the model"""
+    resume: bool = False
+    """Go on with the runs that are there"""
+    results: str = str(report.RESULTS)
+    """Where the table and the figure go"""
+    fast: bool = False
+    """The toy and two steps, to see that it runs; its verdicts mean nothing"""
+
+
+def prepare(folder: Path, args: Args) -> None:
+    """Leave base/, the model in float32 (a type that keeps what small steps move), train.jsonl, test.jsonl and
+    prompts.jsonl, all of them text that is already in the model's template.
+    """
+    tokenizer = common.load_tokenizer(args.model)
+    for part in (common.load_model(args.model, torch.float32), tokenizer):
+        part.save_pretrained(folder / "base")
+    source, numbers = preferences.read_rows(args.dataset, args.split, args.dataset_config)
+    groups = {}  # prompt -> its pairs
+    for number in numbers:
+        texts = preferences.to_texts(source[number - 1], f"{args.dataset} row {number}", tokenizer, "", Counter())
+        if isinstance(texts, tuple):
+            prompt, chosen, rejected = map(len, preferences.encode(tokenizer, list(texts)))
+            if chosen + rejected - prompt <= args.max_tokens:
+                groups.setdefault(texts[0], []).append(dict(zip(("prompt", "chosen", "rejected"), texts)))
+    prompts = list(groups)
+    order = [prompts[i] for i in torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))]
+    test = order[: args.held_out]
+    rows = {
+        "test": [groups[prompt][0] for prompt in test],
+        "train": [row for prompt in order[args.held_out :] for row in groups[prompt]],
+        "prompts": [{"question": prompt} for prompt in test[: args.prompts]],
+    }
+    for name, own in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+
+
+def held_out_pairs(folder: Path, args: Args):
+    """The pairs of test.jsonl as token ids."""
+    tokenizer = common.load_tokenizer(str(folder / "base"))
+    return common.load_preferences(str(folder / "test.jsonl"), tokenizer, "", args.max_tokens, args.max_tokens - 1)
+
+
+def threads(args: Args) -> int:
+    """CPU threads of a run."""
+    return max(1, (os.cpu_count() or 1) // args.jobs)
+
+
+def load(folder: Path):
+    """A model ready for packed pairs."""
+    model = common.load_model(str(folder), torch.float32).to("cuda" if torch.cuda.is_available() else "cpu")
+    model.set_attn_implementation(common.ATTENTION)
+    return model
+
+
+@torch.no_grad()
+def score(model, reference, dataset) -> dict[str, list[float]]:
+    """What training did to each pair: changes of the log-probs, per token ("chosen", "rejected") and of the whole
+    response ("margin": chosen less rejected); KL(pi, ref) of a response; and which way eps-DPO would move beta, -1, 0
+    or 1, for every eps in both arithmetics ("exact 0.01", "bf16 0.01").
+    """
+    names = ["chosen", "rejected", "margin", "kl", *(f"{kind} {e:g}" for kind in ("exact", "bf16") for e in EPSILONS)]
+    found = {name: [] for name in names}
+    for row in dataset:
+        batch = common.collate([row]).to(model.device)
+        f, f0 = (common.response_logits(one, batch) for one in (model, reference))  # (targets, vocab)
+        moved = common.token_logps(f, batch.targets) - common.token_logps(f0, batch.targets)  # (targets,)
+        chosen, rejected = common.sum_responses(moved, batch)  # (1,) each
+        found["chosen"].append((chosen / batch.chosen_lengths).item())
+        found["rejected"].append((rejected / batch.rejected_lengths).item())
+        found["margin"].append((chosen - rejected).item())
+        for epsilon in EPSILONS:
+            minus, plus, _, kl = eps_dpo.perturbed_logps(f, f0, batch.targets, epsilon)
+            (minus_w, minus_l), (plus_w, plus_l) = (common.sum_responses(values, batch) for values in (minus, plus))
+            exact = (torch.zeros_like(minus_w), minus_w - minus_l, plus_w - plus_l)
+            bf16 = eps_dpo.bf16_logratios([(f, f0, batch.targets)], batch, epsilon)
+            for kind, ratios in (("exact", exact), ("bf16", bf16)):
+                beta = eps_dpo.adaptive_beta(*(ratio.double() for ratio in ratios), 1.0, epsilon).item()
+                found[f"{kind} {epsilon:g}"].append((beta > 1) - (beta < 1))
+        found["kl"].append((kl.sum() / 2).item())
+    return found
+
+
+def sample(model: Path, folder: Path, args: Args) -> dict[str, list[float]]:
+    """Entropy (nats a token), Distinct-2 and Self-BLEU of eval_passk.py's samples of each held-out prompt."""
+    report.launch(
+        "eval_passk.py", "--model", model, "--output-dir", folder / "eval", "--prompt", "text", "--problems", 0,
+        "--task", Path(args.runs).resolve() / "prompts.jsonl", "--n", args.samples, "--temperatures", 1,
+        "--max-new-tokens", args.max_new_tokens, "--overwrite", threads=threads(args),
+    )  # fmt: skip
+    groups = {}  # prompt -> its samples
+    for (_, prompt, *_), row in sorted(eval_passk.read_samples(folder / "eval")[0].items()):
+        groups.setdefault(prompt, []).append(row)
+    texts = [[words(row["text"]) for row in rows] for rows in groups.values()]
+    return {
+        "entropy": [fmean(-row["logp"] / max(1, row["tokens"]) for row in rows) for rows in groups.values()],
+        "distinct_2": [distinct(own, 2) for own in texts],
+        "self_bleu": [self_bleu(own) for own in texts],
+    }
+
+
+def run(method: str, seed: int, args: Args) -> dict:
+    """Train once, score the model, and sample it if it is one of ALPHAS; the model itself is not kept."""
+    runs = Path(args.runs).resolve()
+    folder = runs / f"{method.replace(' ', '-')}-{seed}".lower()
+    if (folder / "found.json").exists():
+        return json.loads((folder / "found.json").read_text())
+    script, *more = METHODS[method]
+    report.launch(
+        script, *more, "--model", runs / "base", "--dataset", runs / "train.jsonl", "--eval-dataset",
+        runs / "test.jsonl", "--max-length", args.max_tokens, "--max-prompt-length", args.max_tokens - 1,
+        "--lr", args.lr_pg if method == "DPO-PG" else args.lr, "--warmup", 0.1, "--batch-size", args.batch_size,
+        "--steps", args.steps, "--seed", seed, "--eval-every", max(1, args.steps // 2), "--lora-rank", args.lora_rank,
+        *["--gradient-checkpointing"] * args.gradient_checkpointing, "--output-dir", folder,
+        "--resume" if args.resume else "--overwrite", threads=threads(args),
+    )  # fmt: skip
+    found = {name: dict(report.metrics(folder, f"eval/logps/{name}")) for name in ("chosen", "rejected")}
+    found = {"curves": {name: [list(curve), list(curve.values())] for name, curve in found.items()}}
+    found["speed"] = median(value for _, value in report.metrics(folder, "tokens_per_second"))
+    with SCORING:
+        found["pairs"] = score(load(folder / "model"), load(runs / "base"), held_out_pairs(runs, args))
+        torch.cuda.empty_cache()  # the next run is another process on the same GPU
+    if seed == 0 and method in ALPHAS.values():
+        found["samples"] = sample(folder / "model", folder, args)
+    (folder / "found.json").write_text(json.dumps(found))
+    for name in ("model", "checkpoints"):
+        shutil.rmtree(folder / name)
+    return found
+
+
+def mean_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return fmean(values), stdev(values) / math.sqrt(len(values))
+
+
+def shown(values: Sequence[float], digits: int = 4) -> str:
+    """As "+0.123 ± 0.004", with the standard error."""
+    return "{:+.{digits}f} ± {:.{digits}f}".format(*mean_error(values), digits=digits)
+
+
+def all_of(*holds: bool | None) -> bool | None:
+    """Undecided where one of them is and none fails."""
+    return False if False in holds else None if None in holds else True
+
+
+def dpo_losses(margins: Iterable[float]) -> list[float]:
+    """Change of DPO's loss of each pair; at the start it is log 2."""
+    return [math.log1p(math.exp(-BETA * margin)) - math.log(2) for margin in margins]
+
+
+def draw(args: Args, runs: dict, pairs: dict):
+    """Above, log-probs over the steps, one scale for all methods, and KL; below, diversity and adapted pairs."""
+    figure, axes = report.axes(3, 4, width=13, height=2.8)
+    cells = axes.flat
+    for method, axis in zip(METHODS, cells):
+        for (own, seed), run in runs.items():
+            for name, style in (("chosen", "-"), ("rejected", "--")) if own == method else ():
+                steps, values = run["curves"][name]
+                changes = [value - values[0] for value in values]
+                axis.plot(steps, changes, style, color=colour(method), alpha=0.8, label=None if seed else name)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.sharey(axes[0, 0])
+        axis.set_title(method)
+        axis.set_xlabel("optimizer step")
+        axis.legend()
+    for row in axes[:2]:
+        row[0].set_ylabel("change of $\\log\\pi$ per token")
+    kls = [fmean(pairs[method]["kl"]) for method in METHODS]
+    axes[1, 3].barh(list(METHODS), kls, color=list(map(colour, METHODS)))
+    axes[1, 3].invert_yaxis()
+    axes[1, 3].set_xlabel("$KL(\\pi, \\pi_{ref})$ of a response")
+    for (name, label), axis in zip(MEASURES.items(), axes[2]):
+        found = [mean_error(runs[method, 0]["samples"][name]) for method in ALPHAS.values()]
+        axis.errorbar(list(ALPHAS), *zip(*found), fmt="o-", color=report.COLOURS["H-DPO"], capsize=3)
+        axis.set(xlabel="$\\alpha$", ylabel=label)
+    for kind, style in (("exact", "o-"), ("bf16", "x--")):
+        shares = [share(pairs, kind, epsilon) for epsilon in EPSILONS]
+        axes[2, 3].plot(EPSILONS, shares, style, color=report.COLOURS["eps-DPO"], label=kind)
+    axes[2, 3].set(xlabel="$\\epsilon$", ylabel="share of adapted pairs", ylim=(-0.05, 1.05))
+    axes[2, 3].legend()
+    return figure
+
+
+def colour(method: str) -> str:
+    return report.COLOURS[method.split()[0]]
+
+
+def share(pairs: dict, kind: str, epsilon: float) -> float:
+    """Share of held-out pairs for which eps-DPO's policy would move beta."""
+    return fmean(map(abs, pairs["eps-DPO"][f"{kind} {epsilon:g}"]))
+
+
+def moves(pairs: dict, name: str) -> str:
+    """A sentence on which methods moved a log-prob by more than two standard errors, and where to."""
+    found = {method: report.decide(*mean_error(own[name])) for method, own in pairs.items()}
+    ways = {True: "raised by", False: "lowered by", None: "undecided for"}
+    sides = ((way, ", ".join(method for method, holds in found.items() if holds is side)) for side, way in ways.items())
+    return f"The {name} log-prob is " + ", ".join(f"{way} {names}" for way, names in sides if names) + "."
+
+
+def judge(pairs: dict, samples: dict) -> list[report.Verdict]:
+    """The verdicts, from method -> what score() found, means over its seeds, and alpha -> what sample() found."""
+    pg, loss = pairs["DPO-PG"], dpo_losses(pairs["DPO-PG"]["margin"])
+    chosen = {method: report.decide(*mean_error(pairs[method]["chosen"])) for method in METHODS}
+    ends = {
+        name: [
+            (high - low) * (-1 if name == "self_bleu" else 1)
+            for low, high in zip(samples[0.8][name], samples[1.2][name])
+        ]
+        for name in MEASURES
+    }
+    verdicts = [
+        report.Verdict(
+            6, "DGPO Fig. 1, 2", "DPO lowers the chosen log-prob.", LOWERS,
+            report.decide(-fmean(pairs["DPO"]["chosen"]), mean_error(pairs["DPO"]["chosen"])[1]),
+            f"chosen {shown(pairs['DPO']['chosen'])}, rejected {shown(pairs['DPO']['rejected'])} a token",
+        ),
+        report.Verdict(
+            6, "DGPO Fig. 1, 2", "DGPO raises the chosen log-prob.", RAISES, chosen["DGPO"],
+            f"chosen {shown(pairs['DGPO']['chosen'])}, rejected {shown(pairs['DGPO']['rejected'])} a token",
+        ),
+        report.Verdict(
+            7, "DPO-PG Fig. 8, 9", "DPO-PG raises the chosen, never the rejected log-prob, and DPO's loss still falls.",
+            CLAIM_7,
+            all_of(
+                chosen["DPO-PG"],
+                report.decide(-fmean(loss), mean_error(loss)[1]),
+                report.decide(*mean_error(pg["rejected"])) is not True,
+            ),
+            f"chosen {shown(pg['chosen'])}, rejected {shown(pg['rejected'])} a token, DPO's loss {shown(loss)}",
+        ),
+        report.Verdict(
+            8, "H-DPO Table 2", "Entropy, Distinct and inverted Self-BLEU rise with alpha in 0.8 ... 1.2.", CLAIM_8,
+            all_of(*(report.decide(*mean_error(own)) for own in ends.values())),
+            "from alpha 0.8 to 1.2: "
+            + ", ".join(
+                f"{'inverted ' * (name == 'self_bleu')}{label} {shown(ends[name])}" for name, label in MEASURES.items()
+            ),
+        ),
+    ]  # fmt: skip
+    for kind, meaning in (("exact", "exact decisions"), ("bf16", "decisions in bf16, as the authors' code has them")):
+        first, last = (pairs["eps-DPO"][f"{kind} {epsilon:g}"] for epsilon in (EPSILONS[0], EPSILONS[-1]))
+        rise = [abs(high) - abs(low) for low, high in zip(first, last)]
+        shares = ", ".join(f"{share(pairs, kind, epsilon):.3f}" for epsilon in EPSILONS)
+        verdicts.append(
+            report.Verdict(
+                12, "eps-DPO Fig. 3", f"A larger eps adapts more often ({meaning}).", OFTEN,
+                report.decide(*mean_error(rise)), f"{shares} of the pairs; from first to last {shown(rise, 3)}",
+            )
+        )  # fmt: skip
+    return [replace(verdict, where="real model") for verdict in verdicts]
+
+
+def main(args: Args) -> None:
+    if args.fast:
+        args = replace(
+            args, model=str(report.TOY / "model"), dataset=str(report.TOY / "test.jsonl"), max_tokens=200, held_out=6,
+            steps=2, seeds=min(args.seeds, 2), prompts=3, samples=3,
+        )  # fmt: skip
+    folder = Path(args.runs).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
+    if args.resume and settings != json.loads((folder / "settings.json").read_text()):
+        sys.exit(f"error: --resume: {folder} was started with other flags ({folder / 'settings.json'})")
+    if not args.resume:
+        for path in (*folder.glob("*/found.json"), *folder.glob("*/eval/samples*.jsonl")):
+            path.unlink()
+        prepare(folder, args)
+        (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+    keys = [(method, 0) for method in METHODS]
+    keys += [(method, seed) for seed in range(1, args.seeds) for method in WITH_SEEDS]
+    found = report.side_by_side([lambda key=key: run(*key, args) for key in keys], args.jobs)
+    runs = dict(zip(keys, found))
+    pairs = {
+        method: {
+            name: list(map(fmean, zip(*(one["pairs"][name] for (own, _), one in runs.items() if own == method))))
+            for name in runs[method, 0]["pairs"]
+        }
+        for method in METHODS
+    }
+    samples = {alpha: runs[method, 0]["samples"] for alpha, method in ALPHAS.items()}
+
+    kls = {method: fmean(pairs[method]["kl"]) for method in METHODS}
+    least, most = min(kls, key=kls.get), max(kls, key=kls.get)
+    start = {name: runs["DPO", 0]["curves"][name][1][0] for name in ("chosen", "rejected")}
+    text = (
+        f"{Path(args.model).name} on pairs of {Path(args.dataset).name} of at most {args.max_tokens} tokens: "
+        f"{args.steps} steps of {args.batch_size} pairs, peak learning rate {args.lr:g} (DPO-PG {args.lr_pg:g}), beta "
+        f"{BETA:g}. {moves(pairs, 'chosen')} {moves(pairs, 'rejected')} (More than two standard errors over "
+        f"{len(pairs['DPO']['kl'])} held-out pairs; for "
+        f"{' and '.join(WITH_SEEDS)} of a mean over {args.seeds} seeds.) "
+        f"{least} stays closest to the model before training, with a KL of {kls[least]:.3f} a response, and {most} "
+        f"goes furthest, with {kls[most]:.3f}.\n\n"
+        f"Changes from the start, where the log-probs per token are {start['chosen']:.3f} (chosen) and "
+        f"{start['rejected']:.3f} (rejected), with standard errors; KL(pi, ref) over the vocabulary along held-out "
+        "responses; training speed as the median over steps, on cores that may have been shared.\n\n"
+        + report.table(
+            ["method", "seed", "chosen", "rejected", "DPO's loss", "KL(pi, ref)", "tokens a second"],
+            [
+                [method, seed, shown(one["pairs"]["chosen"]), shown(one["pairs"]["rejected"])]
+                + [shown(dpo_losses(one["pairs"]["margin"])), shown(one["pairs"]["kl"], 3), f"{one['speed']:.0f}"]
+                for (method, seed), one in runs.items()
+            ],
+        )
+        + f"\n{args.samples} samples of each of {len(samples[1.0]['entropy'])} held-out prompts at temperature 1, of "
+        f"at most {args.max_new_tokens} tokens; entropy in nats a token; standard errors over prompts.\n\n"
+        + report.table(
+            ["alpha", *MEASURES.values()],
+            [[f"{alpha:g}", *(shown(own[name], 3) for name in MEASURES)] for alpha, own in samples.items()],
+        )
+        + "\nShare of held-out pairs whose beta eps-DPO's policy would change (and of those whose beta would "
+        "grow).\n\n"
+        + report.table(
+            ["arithmetic", *(f"eps {epsilon:g}" for epsilon in EPSILONS)],
+            [
+                [kind]
+                + [
+                    f"{share(pairs, kind, epsilon):.3f} "
+                    f"({fmean(way > 0 for way in pairs['eps-DPO'][f'{kind} {epsilon:g}']):.3f})"
+                    for epsilon in EPSILONS
+                ]
+                for kind in ("exact", "bf16")
+            ],
+        )
+    )
+    report.save(args, "real_model", judge(pairs, samples), text, draw(args, runs, pairs))
+
+
+if __name__ == "__main__":
+    sys.exit(main(tyro.cli(Args, description=__doc__)))
