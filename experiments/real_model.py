@@ -265,18 +265,19 @@ def dpo_losses(margins: Iterable[float]) -> list[float]:
     return [math.log1p(math.exp(-BETA * margin)) - math.log(2) for margin in margins]
 
 
-def draw(args: Args, runs: dict, pairs: dict):
-    """Above, log-probs over the steps, one scale for all methods, and KL; below, diversity and adapted pairs."""
+def draw(runs: dict, pairs: dict, samples: dict):
+    """Above, log-probs over the steps, one scale for all methods, and KL; below, what alpha changes and eps adapts."""
     figure, axes = report.axes(3, 4, width=13, height=2.8)
     cells = axes.flat
     for method, axis in zip(METHODS, cells):
+        if axis is not axes[0, 0]:
+            axis.sharey(axes[0, 0])
         for (own, seed), run in runs.items():
             for name, style in (("chosen", "-"), ("rejected", "--")) if own == method else ():
                 steps, values = run["curves"][name]
                 changes = [value - values[0] for value in values]
                 axis.plot(steps, changes, style, color=colour(method), alpha=0.8, label=None if seed else name)
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.sharey(axes[0, 0])
         axis.set_title(method)
         axis.set_xlabel("optimizer step")
         axis.legend()
@@ -287,15 +288,20 @@ def draw(args: Args, runs: dict, pairs: dict):
     axes[1, 3].invert_yaxis()
     axes[1, 3].set_xlabel("$KL(\\pi, \\pi_{ref})$ of a response")
     for (name, label), axis in zip(MEASURES.items(), axes[2]):
-        found = [mean_error(runs[method, 0]["samples"][name]) for method in ALPHAS.values()]
+        found = [mean_error(differences(samples, name, 1.0, alpha)) for alpha in ALPHAS]
         axis.errorbar(list(ALPHAS), *zip(*found), fmt="o-", color=report.COLOURS["H-DPO"], capsize=3)
-        axis.set(xlabel="$\\alpha$", ylabel=label)
+        axis.set(xlabel="$\\alpha$", ylabel=f"{label} less that of $\\alpha=1$")
     for kind, style in (("exact", "o-"), ("bf16", "x--")):
         shares = [share(pairs, kind, epsilon) for epsilon in EPSILONS]
         axes[2, 3].plot(EPSILONS, shares, style, color=report.COLOURS["eps-DPO"], label=kind)
     axes[2, 3].set(xlabel="$\\epsilon$", ylabel="share of adapted pairs", ylim=(-0.05, 1.05))
     axes[2, 3].legend()
     return figure
+
+
+def differences(samples: dict, name: str, low: float, high: float) -> list[float]:
+    """A measure at one alpha less that at another, prompt by prompt."""
+    return [b - a for a, b in zip(samples[low][name], samples[high][name])]
 
 
 def colour(method: str) -> str:
@@ -319,13 +325,8 @@ def judge(pairs: dict, samples: dict) -> list[report.Verdict]:
     """The verdicts, from method -> what score() found, means over its seeds, and alpha -> what sample() found."""
     pg, loss = pairs["DPO-PG"], dpo_losses(pairs["DPO-PG"]["margin"])
     chosen = {method: report.decide(*mean_error(pairs[method]["chosen"])) for method in METHODS}
-    ends = {
-        name: [
-            (high - low) * (-1 if name == "self_bleu" else 1)
-            for low, high in zip(samples[0.8][name], samples[1.2][name])
-        ]
-        for name in MEASURES
-    }
+    ends = {name: differences(samples, name, 0.8, 1.2) for name in MEASURES}
+    ends["self_bleu"] = [-value for value in ends["self_bleu"]]
     verdicts = [
         report.Verdict(
             6, "DGPO Fig. 1, 2", "DPO lowers the chosen log-prob.", LOWERS,
@@ -440,7 +441,7 @@ def main(args: Args) -> None:
             ],
         )
     )
-    report.save(args, "real_model", judge(pairs, samples), text, draw(args, runs, pairs))
+    report.save(args, "real_model", judge(pairs, samples), text, draw(runs, pairs, samples))
 
 
 if __name__ == "__main__":
