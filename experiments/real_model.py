@@ -93,11 +93,11 @@ class Args:
     """Longest pair that is used: tokens of prompt, chosen and rejected together"""
     held_out: int = 24
     """Pairs for evaluation, whose prompts are not trained on"""
-    steps: int = 20
+    steps: int = 12
     """Optimizer steps of a run"""
     batch_size: int = 4
     """Pairs of a step"""
-    lr: float = 2e-5
+    lr: float = 4e-5
     """Peak learning rate"""
     lr_pg: float = 1e-6
     """DPO-PG's, whose RMSprop moves further at the same rate"""
@@ -105,13 +105,13 @@ class Args:
     """Rank of adapters; 0: train all weights"""
     gradient_checkpointing: bool = False
     """Less memory, a third more time"""
-    seeds: int = 3
+    seeds: int = 1
     """Runs of DPO and of DGPO"""
-    prompts: int = 24
+    prompts: int = 16
     """Held-out prompts to sample"""
     samples: int = 8
     """Samples of each"""
-    max_new_tokens: int = 48
+    max_new_tokens: int = 32
     """Longest sample"""
     jobs: int = 2
     """Runs side by side, which share the cores; 1 on a GPU"""
