@@ -250,9 +250,9 @@ def mean_error(values: Sequence[float]) -> tuple[float, float]:
     return fmean(values), stdev(values) / math.sqrt(len(values))
 
 
-def shown(values: Sequence[float], digits: int = 4) -> str:
-    """As "+0.123 ± 0.004", with the standard error."""
-    return "{:+.{digits}f} ± {:.{digits}f}".format(*mean_error(values), digits=digits)
+def shown(values: Sequence[float], digits: int = 4, sign: str = "+") -> str:
+    """As "+0.123 ± 0.004", with the standard error; sign is "" for what is no change."""
+    return "{:{sign}.{digits}f} ± {:.{digits}f}".format(*mean_error(values), sign=sign, digits=digits)
 
 
 def all_of(*holds: bool | None) -> bool | None:
@@ -314,11 +314,11 @@ def share(pairs: dict, kind: str, epsilon: float) -> float:
 
 
 def moves(pairs: dict, name: str) -> str:
-    """A sentence on which methods moved a log-prob by more than two standard errors, and where to."""
+    """Words on which methods moved a log-prob by more than two standard errors, and where to."""
     found = {method: report.decide(*mean_error(own[name])) for method, own in pairs.items()}
     ways = {True: "raised by", False: "lowered by", None: "undecided for"}
     sides = ((way, ", ".join(method for method, holds in found.items() if holds is side)) for side, way in ways.items())
-    return f"The {name} log-prob is " + ", ".join(f"{way} {names}" for way, names in sides if names) + "."
+    return f"the {name} log-prob is " + ", ".join(f"{way} {names}" for way, names in sides if names)
 
 
 def judge(pairs: dict, samples: dict) -> list[report.Verdict]:
@@ -369,6 +369,57 @@ def judge(pairs: dict, samples: dict) -> list[report.Verdict]:
     return [replace(verdict, where="real model") for verdict in verdicts]
 
 
+def tables(args: Args, runs: dict, pairs: dict, samples: dict) -> str:
+    """What was found, in sentences, and every number."""
+    kls = {method: fmean(pairs[method]["kl"]) for method in METHODS}
+    least, most = min(kls, key=kls.get), max(kls, key=kls.get)
+    start = {name: runs["DPO", 0]["curves"][name][1][0] for name in ("chosen", "rejected")}
+    return (
+        f"{Path(args.model).name} on pairs of {Path(args.dataset).name} of at most {args.max_tokens} tokens: "
+        f"{args.steps} steps of {args.batch_size} pairs, peak learning rate {args.lr:g} (DPO-PG {args.lr_pg:g}), beta "
+        f"{BETA:g}"
+        + f"; {' and '.join(WITH_SEEDS)} from {args.seeds} seeds"
+        * (args.seeds > 1)
+        + f". By more than two standard errors over {len(pairs['DPO']['kl'])} held-out pairs, {moves(pairs, 'chosen')} "
+        f"and {moves(pairs, 'rejected')}. {least} stays closest to the model before training, with a KL of "
+        f"{kls[least]:.3f} a response, and {most} goes furthest, with {kls[most]:.3f}. Samples have an entropy of "
+        + ", ".join(f"{fmean(own['entropy']):.3f} (alpha {alpha:g})" for alpha, own in samples.items())
+        + f" nats a token. At eps {EPSILONS[1]:g}, exact decisions adapt {share(pairs, 'exact', EPSILONS[1]):.0%} of "
+        f"the pairs and decisions in bf16 {share(pairs, 'bf16', EPSILONS[1]):.0%}.\n\n"
+        f"Changes from the start, where the log-probs per token are {start['chosen']:.3f} (chosen) and "
+        f"{start['rejected']:.3f} (rejected), with standard errors; KL(pi, ref) over the vocabulary along held-out "
+        "responses; training speed as the median over steps, on cores that may have been shared.\n\n"
+        + report.table(
+            ["method", "seed", "chosen", "rejected", "DPO's loss", "KL(pi, ref)", "tokens a second"],
+            [
+                [method, seed, shown(one["pairs"]["chosen"]), shown(one["pairs"]["rejected"])]
+                + [shown(dpo_losses(one["pairs"]["margin"])), shown(one["pairs"]["kl"], 3, ""), f"{one['speed']:.0f}"]
+                for (method, seed), one in runs.items()
+            ],
+        )
+        + f"\n{args.samples} samples of each of {len(samples[1.0]['entropy'])} held-out prompts at temperature 1, of "
+        f"at most {args.max_new_tokens} tokens; entropy in nats a token; standard errors over prompts.\n\n"
+        + report.table(
+            ["alpha", *MEASURES.values()],
+            [[f"{alpha:g}", *(shown(own[name], 3, "") for name in MEASURES)] for alpha, own in samples.items()],
+        )
+        + "\nShare of held-out pairs whose beta eps-DPO's policy would change (and of those whose beta would "
+        "grow).\n\n"
+        + report.table(
+            ["arithmetic", *(f"eps {epsilon:g}" for epsilon in EPSILONS)],
+            [
+                [kind]
+                + [
+                    f"{share(pairs, kind, epsilon):.3f} "
+                    f"({fmean(way > 0 for way in pairs['eps-DPO'][f'{kind} {epsilon:g}']):.3f})"
+                    for epsilon in EPSILONS
+                ]
+                for kind in ("exact", "bf16")
+            ],
+        )
+    )
+
+
 def main(args: Args) -> None:
     if args.fast:
         args = replace(
@@ -398,50 +449,9 @@ def main(args: Args) -> None:
     }
     samples = {alpha: runs[method, 0]["samples"] for alpha, method in ALPHAS.items()}
 
-    kls = {method: fmean(pairs[method]["kl"]) for method in METHODS}
-    least, most = min(kls, key=kls.get), max(kls, key=kls.get)
-    start = {name: runs["DPO", 0]["curves"][name][1][0] for name in ("chosen", "rejected")}
-    text = (
-        f"{Path(args.model).name} on pairs of {Path(args.dataset).name} of at most {args.max_tokens} tokens: "
-        f"{args.steps} steps of {args.batch_size} pairs, peak learning rate {args.lr:g} (DPO-PG {args.lr_pg:g}), beta "
-        f"{BETA:g}. {moves(pairs, 'chosen')} {moves(pairs, 'rejected')} (More than two standard errors over "
-        f"{len(pairs['DPO']['kl'])} held-out pairs; for "
-        f"{' and '.join(WITH_SEEDS)} of a mean over {args.seeds} seeds.) "
-        f"{least} stays closest to the model before training, with a KL of {kls[least]:.3f} a response, and {most} "
-        f"goes furthest, with {kls[most]:.3f}.\n\n"
-        f"Changes from the start, where the log-probs per token are {start['chosen']:.3f} (chosen) and "
-        f"{start['rejected']:.3f} (rejected), with standard errors; KL(pi, ref) over the vocabulary along held-out "
-        "responses; training speed as the median over steps, on cores that may have been shared.\n\n"
-        + report.table(
-            ["method", "seed", "chosen", "rejected", "DPO's loss", "KL(pi, ref)", "tokens a second"],
-            [
-                [method, seed, shown(one["pairs"]["chosen"]), shown(one["pairs"]["rejected"])]
-                + [shown(dpo_losses(one["pairs"]["margin"])), shown(one["pairs"]["kl"], 3), f"{one['speed']:.0f}"]
-                for (method, seed), one in runs.items()
-            ],
-        )
-        + f"\n{args.samples} samples of each of {len(samples[1.0]['entropy'])} held-out prompts at temperature 1, of "
-        f"at most {args.max_new_tokens} tokens; entropy in nats a token; standard errors over prompts.\n\n"
-        + report.table(
-            ["alpha", *MEASURES.values()],
-            [[f"{alpha:g}", *(shown(own[name], 3) for name in MEASURES)] for alpha, own in samples.items()],
-        )
-        + "\nShare of held-out pairs whose beta eps-DPO's policy would change (and of those whose beta would "
-        "grow).\n\n"
-        + report.table(
-            ["arithmetic", *(f"eps {epsilon:g}" for epsilon in EPSILONS)],
-            [
-                [kind]
-                + [
-                    f"{share(pairs, kind, epsilon):.3f} "
-                    f"({fmean(way > 0 for way in pairs['eps-DPO'][f'{kind} {epsilon:g}']):.3f})"
-                    for epsilon in EPSILONS
-                ]
-                for kind in ("exact", "bf16")
-            ],
-        )
+    report.save(
+        args, "real_model", judge(pairs, samples), tables(args, runs, pairs, samples), draw(runs, pairs, samples)
     )
-    report.save(args, "real_model", judge(pairs, samples), text, draw(runs, pairs, samples))
 
 
 if __name__ == "__main__":

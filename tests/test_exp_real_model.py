@@ -127,4 +127,4 @@ def test_three_values():
 def test_a_sentence_names_the_methods():
     up, down, none = ({"chosen": values} for values in ([1, 1.1], [-1, -1.1], [1, -1]))
     text = real_model.moves({"A": up, "B": none, "C": down, "D": up}, "chosen")
-    assert text == "The chosen log-prob is raised by A, D, lowered by C, undecided for B."
+    assert text == "the chosen log-prob is raised by A, D, lowered by C, undecided for B"
