@@ -60,7 +60,7 @@ METHODS = {
     "DGPO": ("dgpo.py",),
     "DPO-PG": ("dpo_pg.py",),
 }
-WITH_SEEDS = ("DPO", "DGPO")  # the others run once
+WITH_SEEDS = ("DPO", "DGPO", "DPO-PG")  # the others run once
 ALPHAS = {0.8: "H-DPO 0.8", 1.0: "DPO", 1.2: "H-DPO 1.2"}
 EPSILONS = (0.005, 0.01, 0.02)
 MEASURES = {"entropy": "entropy", "distinct_2": "Distinct-2", "self_bleu": "Self-BLEU"}
@@ -108,7 +108,7 @@ class Args:
     gradient_checkpointing: bool = False
     """Less memory, a third more time"""
     seeds: int = 1
-    """Runs of DPO and of DGPO"""
+    """Runs of each of WITH_SEEDS"""
     prompts: int = 16
     """Held-out prompts to sample"""
     samples: int = 8
@@ -374,13 +374,15 @@ def judge(pairs: dict, samples: dict) -> list[report.Verdict]:
 def tables(args: Args, runs: dict, pairs: dict, samples: dict) -> str:
     """What was found, in sentences, and every number."""
     kls = {method: fmean(pairs[method]["kl"]) for method in METHODS}
+    ends = {method: [fmean(runs[method, s]["pairs"]["chosen"]) for s in range(args.seeds)] for method in WITH_SEEDS}
+    ranges = ", ".join(f"{min(own):+.3f} to {max(own):+.3f} ({method})" for method, own in ends.items())
     least, most = min(kls, key=kls.get), max(kls, key=kls.get)
     start = {name: runs["DPO", 0]["curves"][name][1][0] for name in ("chosen", "rejected")}
     return (
         f"{Path(args.model).name} on pairs of {Path(args.dataset).name} of at most {args.max_tokens} tokens: "
         f"{args.steps} steps of {args.batch_size} pairs, peak learning rate {args.lr:g} (DPO-PG {args.lr_pg:g}), beta "
         f"{BETA:g}"
-        + f"; {' and '.join(WITH_SEEDS)} from {args.seeds} seeds"
+        + f"; {', '.join(WITH_SEEDS)} from {args.seeds} seeds, which moved the chosen log-prob by {ranges}"
         * (args.seeds > 1)
         + f". By more than two standard errors over {len(pairs['DPO']['kl'])} held-out pairs, {moves(pairs, 'chosen')} "
         f"and {moves(pairs, 'rejected')}. {least} stays closest to the model before training, with a KL of "
