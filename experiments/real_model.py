@@ -15,9 +15,9 @@
 Every method takes the same steps on the same pairs, which are no near-duplicates. What a run has done is measured on
 pairs with other prompts, pair by pair against the model before training, so that errors are standard errors over
 held-out pairs (of a mean over seeds, where there are several) or, for samples, over prompts. They say nothing of other
-training pairs. The learning rate is large because the steps are few: in a pilot, eight steps at 5e-6 moved DPO's
-held-out log-probs by a hundredth of a nat a token. DPO-PG's is its script's; its theorems speak of a step's own pairs
-and of plain gradient steps, where the paper and its script take RMSprop.
+training pairs; the seeds do, each of which trains on others. The learning rate is large because the steps are few: in a
+pilot, eight steps at 5e-6 moved DPO's held-out log-probs by a hundredth of a nat a token. DPO-PG's is its script's; its
+theorems speak of a step's own pairs and of plain gradient steps, where the paper and its script take RMSprop.
 """
 
 import json
