@@ -6,7 +6,8 @@
     H-DPO      https://arxiv.org/abs/2411.07595              Table 2: diversity rises with alpha in 0.8 ... 1.2
     eps-DPO    https://arxiv.org/abs/2502.13177              Fig. 3: a larger eps adapts more often
 
-    python experiments/real_model.py --dataset hh_harmless.jsonl.gz        (docs/real_models.md; two CPU cores)
+    python experiments/real_model.py --dataset hh_harmless.jsonl.gz        (docs/real_models.md; two busy CPU cores,
+                                                                            somewhat more than an hour)
     python experiments/real_model.py --model mistralai/Mistral-7B-Instruct-v0.2 --dataset-config "" \
         --dataset HuggingFaceH4/ultrafeedback_binarized --split train_prefs --max-tokens 2048 --held-out 500 \
         --steps 400 --batch-size 64 --lora-rank 16 --gradient-checkpointing --prompts 200 --samples 25 \
@@ -107,7 +108,7 @@ class Args:
     """Rank of adapters; 0: train all weights"""
     gradient_checkpointing: bool = False
     """Less memory, a third more time"""
-    seeds: int = 1
+    seeds: int = 3
     """Runs of each of WITH_SEEDS"""
     prompts: int = 16
     """Held-out prompts to sample"""
