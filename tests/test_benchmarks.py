@@ -54,6 +54,7 @@ class TrlSide:
         pass
 
 
+@pytest.mark.slow
 def test_whole_list_for_a_gpu(small, monkeypatch):
     """Each item has its rows in both files, the one that fails its error, and the rest go on."""
     monkeypatch.setitem(gpu.ITEMS, "tests", lambda _args: 1 / 0)

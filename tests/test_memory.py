@@ -91,6 +91,7 @@ def test_a_real_step():
     assert memory.real("tiny", args, memory.GIVE_BACK) == pytest.approx(simulated, rel=0.1)
 
 
+@pytest.mark.slow
 def test_fast_page(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "real", lambda _name, args, _environment: 1e6 * args.prompt)
     memory.main(replace(ARGS, fast=True, save=str(tmp_path / "memory")))
