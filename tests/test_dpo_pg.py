@@ -23,7 +23,8 @@ from dpo_pg import project
 def no_figures(monkeypatch):
     """They take longer than the runs."""
     for script in (dpo_pg, hdpo):
-        monkeypatch.setattr(script.look, "plot_curves", lambda *_: None)
+        for name in ("plot_curves", "write_samples"):  # both take longer than these runs
+            monkeypatch.setattr(script.look, name, lambda *_: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

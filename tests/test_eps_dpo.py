@@ -25,7 +25,8 @@ BOTH = ("chosen", "rejected")
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take longer than the runs."""
-    monkeypatch.setattr(eps_dpo.look, "plot_curves", lambda *_: None)
+    for name in ("plot_curves", "write_samples"):  # both take longer than these runs
+        monkeypatch.setattr(eps_dpo.look, name, lambda *_: None)
 
 
 def policy_of(reference, size=0.02, seed=1):

@@ -310,7 +310,8 @@ def furthest(ours, theirs, base) -> float:
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take longer than the runs."""
-    monkeypatch.setattr(hdpo.look, "plot_curves", lambda *_: None)
+    for name in ("plot_curves", "write_samples"):  # both take longer than these runs
+        monkeypatch.setattr(hdpo.look, name, lambda *_: None)
 
 
 def test_ten_steps_of_a_slow_dpo(tmp_path, wide):

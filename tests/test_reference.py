@@ -66,7 +66,8 @@ def until(step: int, main, args) -> None:
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch):
     """They take longer than the runs."""
-    monkeypatch.setattr(hdpo.look, "plot_curves", lambda *_: None)
+    for name in ("plot_curves", "write_samples"):  # both take longer than these runs
+        monkeypatch.setattr(hdpo.look, name, lambda *_: None)
 
 
 @pytest.fixture(scope="module")
