@@ -1,6 +1,6 @@
 """Run every experiment and join their verdicts to experiments/results/README.md.
 
-    python experiments/all.py                          (two CPU cores, under an hour)
+    python experiments/all.py                          (two CPU cores, about an hour)
     python experiments/all.py --only tabular           (one of them again; the others' results stay)
 
 Each also runs by itself: python experiments/NAME.py. So do did_entropy.py and real_model.py, which are for your models.
