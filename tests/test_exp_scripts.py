@@ -264,6 +264,7 @@ def test_reward_at_a_kl_lies_on_the_frontier():
     assert eps_control.at_kl(0.9, frontier) is None and eps_control.at_kl(4.1, frontier) is None
 
 
+@pytest.mark.slow
 def test_did_entropy(tmp_path, inside):
     did_entropy.main(did_entropy.Args(seeds=1, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True))
     assert [verdict["claim"] for verdict in verdicts(tmp_path, "did_entropy")] == [13]
@@ -303,6 +304,7 @@ def test_entropy_of_one_token_is_the_exact_one():
     assert found[1] == found[0]
 
 
+@pytest.mark.slow
 def test_reference_cost(tmp_path):
     reference_cost.main(reference_cost.Args(results=str(tmp_path), fast=True))
     found = verdicts(tmp_path, "reference_cost")
