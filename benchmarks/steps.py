@@ -30,6 +30,21 @@ VARIANTS = ("dpo live", "dpo stored", "dgpo", "eps_dpo", "dpo unshared", "dpo_pg
 TURNS, BATCH_SIZE = 5, 8
 
 
+def halves(model, own: list[dict], shared: bool):
+    """The two losses of DPO-PG, sums over pairs; of one forward, the first backward must keep what both use."""
+    import common
+
+    if shared:
+        batch = common.collate(own)
+        logits = common.response_logits(model, batch)
+        for odd in (0, 1):  # copies, as token_logps writes its gradient over what it is given
+            mine = batch.response % 2 == odd
+            yield -common.token_logps(logits[mine], batch.targets[mine]).sum()
+    else:
+        for part in ("chosen", "rejected"):
+            yield -common.response_logps(model, common.collate(own, (part,)))[part == "rejected"].sum()
+
+
 def side(variant: str, steps: int) -> None:
     """Take a step for every line on stdin, at most `steps`; say how long it took and the process's peak memory."""
     import torch
@@ -69,24 +84,13 @@ def side(variant: str, steps: int) -> None:
         a, b = common.response_logps(model, batch)
         return -logsigmoid(BETA * ((a - a0) - (b - b0)))
 
-    def halves(own: list[dict]):
-        """The two losses of DPO-PG; of one forward, the second keeps what the first has used."""
-        if variant == "dpo_pg":
-            yield from (-alone(own, part).sum() for part in ("chosen", "rejected"))
-        else:
-            batch = common.collate(own)
-            logits = common.response_logits(model, batch)
-            for odd in (0, 1):  # copies, as token_logps writes its gradient over what it is given
-                mine = batch.response % 2 == odd
-                yield -common.token_logps(logits[mine], batch.targets[mine]).sum()
-
     for turn, _ in enumerate(sys.stdin):
         started = time.perf_counter()
         own = rows[BATCH_SIZE * turn :][:BATCH_SIZE]
         if variant.startswith("dpo_pg"):
             gradients = []
-            for number, loss in enumerate(halves(own)):
-                (loss / BATCH_SIZE).backward(retain_graph=variant == "dpo_pg shared" and number == 0)
+            for loss in halves(model, own, shared := variant == "dpo_pg shared"):
+                (loss / BATCH_SIZE).backward(retain_graph=shared and not gradients)
                 gradients.append([parameter.grad for parameter in parameters])
                 optimizer.zero_grad()
             dpo_pg.inner(*gradients), dpo_pg.inner(gradients[0], gradients[0]), dpo_pg.inner(gradients[1], gradients[1])

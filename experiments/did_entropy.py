@@ -38,7 +38,6 @@ from statistics import fmean
 import report
 import torch
 import tyro
-from displacement import above_zero, all_hold
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 sys.path.insert(0, str(report.ROOT))
@@ -259,7 +258,7 @@ def main(args: Args) -> None:
     verdict = report.Verdict(
         13, "DID Claim 4.1, Table 2",
         "Reinforcing (DPO-PG) goes with a lower DID entropy than DPO, by App. K's estimate.", CLAIM_13,
-        all_hold(*map(above_zero, more)),
+        report.all_hold(*map(report.above_zero, more)),
         "; ".join(
             f"{method} at lr {rate:g} {report.spread(values((method, rate), 'H(DID)'), 2)}" for method, rate in RUNS
         )

@@ -25,7 +25,6 @@ from pathlib import Path
 import report
 import torch
 import tyro
-from displacement import above_zero, all_hold
 from markov import language, near_duplicates, walk
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -259,7 +258,7 @@ def main(args: Args) -> None:
     more = [[a - b for a, b in zip(entropies("DPO", i), entropies("DPO-PG", i))] for i in range(len(losses))]
     verdict = report.Verdict(
         13, "DID Claim 4.1, Table 2", "Reinforcing (DPO-PG) goes with a lower DID entropy than DPO.", CLAIM_13,
-        all_hold(*map(above_zero, more)),
+        report.all_hold(*map(report.above_zero, more)),
         "; ".join(
             f"loss {loss:g}: DPO {report.spread(entropies('DPO', i), 2)}, DPO-PG "
             f"{report.spread(entropies('DPO-PG', i), 2)}"

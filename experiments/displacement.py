@@ -11,12 +11,10 @@ learning rates, from three seeds; log-probs are means per token on 128 held-out 
 sure of the chosen response; markov.py does the same with a language whose log-probs start where the papers' do.
 """
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 
 import report
 import tyro
@@ -82,26 +80,14 @@ def change(folder: Path, name: str) -> float:
     return course(folder, name)[1][-1]
 
 
-def error(values: Sequence[float]) -> float:
-    """Standard error of the mean; of one value it is not known."""
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.inf
-
-
-def above_zero(values: Sequence[float]) -> bool | None:
-    """Whether the mean is above zero by more than two standard errors; None where it is within them."""
-    return report.decide(fmean(values), error(values))
-
-
-def all_hold(*holds: bool | None) -> bool | None:
-    """One that does not hold is enough for False, and else one that is undecided for None."""
-    return False if False in holds else None if None in holds else True
-
-
 def claim_6(changes: Callable[[str, float], Sequence[float] | None], rates: Sequence[float], when: str):
     """Its verdict from the changes of the chosen log-prob of a method at a rate, a number a seed or None."""
     judged = {rate: (changes("DPO", rate), changes("DGPO", rate)) for rate in rates}
     judged = {rate: both for rate, both in judged.items() if None not in both}
-    holds = [all_hold(above_zero([-value for value in dpo]), above_zero(dgpo)) for dpo, dgpo in judged.values()]
+    holds = [
+        report.all_hold(report.above_zero([-value for value in dpo]), report.above_zero(dgpo))
+        for dpo, dgpo in judged.values()
+    ]
     every = "; ".join(
         f"lr {rate:g}: DPO {report.spread(dpo, 4)}, DGPO {report.spread(dgpo, 4)}"
         for rate, (dpo, dgpo) in judged.items()

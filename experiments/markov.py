@@ -33,7 +33,7 @@ from statistics import fmean
 import report
 import torch
 import tyro
-from displacement import METHODS, above_zero, all_hold, change, claim_6, claim_7, course, draw_courses, rows_of, train
+from displacement import METHODS, change, claim_6, claim_7, course, draw_courses, rows_of, train
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -256,7 +256,7 @@ def main(args: Args) -> None:
         holds, numbers = None, "margin not reached"
         if near and other:
             less = [b - a for a, b in zip(near, other)]
-            holds = all_hold(above_zero([-value for value in near]), above_zero(less))
+            holds = report.all_hold(report.above_zero([-value for value in near]), report.above_zero(less))
             numbers = f"{report.spread(other, 4)}, near-duplicates {report.spread(near, 4)}"
         numbers = (
             f"chosen at lr {HIGHEST:g}, at equal margin: {numbers}; after as many steps: "

@@ -257,11 +257,6 @@ def shown(values: Sequence[float], digits: int = 4, sign: str = "+") -> str:
     return "{:{sign}.{digits}f} ± {:.{digits}f}".format(*mean_error(values), sign=sign, digits=digits)
 
 
-def all_of(*holds: bool | None) -> bool | None:
-    """Undecided where one of them is and none fails."""
-    return False if False in holds else None if None in holds else True
-
-
 def dpo_losses(margins: Iterable[float]) -> list[float]:
     """Change of DPO's loss of each pair; at the start it is log 2."""
     return [math.log1p(math.exp(-BETA * margin)) - math.log(2) for margin in margins]
@@ -342,7 +337,7 @@ def judge(pairs: dict, samples: dict) -> list[report.Verdict]:
         report.Verdict(
             7, "DPO-PG Fig. 8, 9", "DPO-PG raises the chosen, never the rejected log-prob, and DPO's loss still falls.",
             CLAIM_7,
-            all_of(
+            report.all_hold(
                 chosen["DPO-PG"],
                 report.decide(-fmean(loss), mean_error(loss)[1]),
                 report.decide(*mean_error(pg["rejected"])) is not True,
@@ -351,7 +346,7 @@ def judge(pairs: dict, samples: dict) -> list[report.Verdict]:
         ),
         report.Verdict(
             8, "H-DPO Table 2", "Entropy, Distinct and inverted Self-BLEU rise with alpha in 0.8 ... 1.2.", CLAIM_8,
-            all_of(*(report.decide(*mean_error(own)) for own in ends.values())),
+            report.all_hold(*(report.decide(*mean_error(own)) for own in ends.values())),
             "from alpha 0.8 to 1.2: "
             + ", ".join(
                 f"{'inverted ' * (name == 'self_bleu')}{label} {shown(ends[name])}" for name, label in MEASURES.items()

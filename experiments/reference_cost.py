@@ -18,7 +18,7 @@ in a step either.
 
 import sys
 from dataclasses import dataclass
-from statistics import median, stdev
+from statistics import median
 
 import report
 import torch
@@ -60,11 +60,6 @@ class Args:
     """Where the table and the figure go"""
     fast: bool = False
     """One turn, to see that it runs; its verdicts mean little"""
-
-
-def error(values: list[float]) -> float:
-    """Standard error of their mean."""
-    return stdev(values) / len(values) ** 0.5
 
 
 def size(tensors) -> int:
@@ -151,7 +146,7 @@ def main(args: Args) -> None:
     verdicts = [
         report.Verdict(
             14, "DGPO Fig. 3", "No reference model: less time than DPO (25%).", TIME,
-            report.decide(1 - median(times["dpo live"]), 0.0 if args.fast else error(times["dpo live"]), 0.125),
+            report.decide(1 - median(times["dpo live"]), 0.0 if args.fast else report.error(times["dpo live"]), 0.125),
             "; ".join(f"against {label}: {shown[base]}" for base, label in BASES.items())
             + " (median and range over steps)",
         ),

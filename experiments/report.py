@@ -8,6 +8,7 @@ An experiment NAME.py is readable on its own and leaves, in experiments/results/
 """
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -66,6 +67,21 @@ class Verdict:
 def decide(effect: float, error: float, at_least: float = 0.0) -> bool | None:
     """Whether an effect is above a threshold: None where it is nearer to it than two standard errors."""
     return None if abs(effect - at_least) < 2 * error else effect > at_least
+
+
+def error(values: Sequence[float]) -> float:
+    """Standard error of the mean; of one value it is not known."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.inf
+
+
+def above_zero(values: Sequence[float]) -> bool | None:
+    """Whether the mean is above zero by more than two standard errors; None where it is within them."""
+    return decide(statistics.fmean(values), error(values))
+
+
+def all_hold(*holds: bool | None) -> bool | None:
+    """One that does not hold is enough for False, and else one that is undecided for None."""
+    return False if False in holds else None if None in holds else True
 
 
 def said(holds: bool | None) -> str:

@@ -121,8 +121,8 @@ def test_claim_7_fails_where_the_rejected_rise():
 
 
 def test_three_values():
-    assert real_model.all_of(True, True) is True and real_model.all_of(True, None) is None
-    assert real_model.all_of(None, False) is False
+    assert report.all_hold(True, True) is True and report.all_hold(True, None) is None
+    assert report.all_hold(None, False) is False
 
 
 def test_a_sentence_names_the_methods():

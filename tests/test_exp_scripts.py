@@ -59,8 +59,8 @@ def test_claim_6_asks_for_a_fall_and_a_rise_at_one_rate(dpo, dgpo, holds):
 
 
 def test_standard_error_over_seeds():
-    assert displacement.error([1.0, 2.0, 4.0]) == pytest.approx(((16 + 1 + 25) / 9 / 2 / 3) ** 0.5)
-    assert displacement.above_zero([0.1]) is None
+    assert report.error([1.0, 2.0, 4.0]) == pytest.approx(((16 + 1 + 25) / 9 / 2 / 3) ** 0.5)
+    assert report.above_zero([0.1]) is None
 
 
 def test_markov(tmp_path, inside):
