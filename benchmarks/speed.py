@@ -45,8 +45,8 @@ class Args:
     """Optimizer steps in a row before the other side has its turn"""
     rounds: int = 3
     """Turns of each side, after the steps that choose TRL's per-device batch"""
-    tokens_per_device: int = 8192
-    """This repo's bound on a micro-batch, at the scripts' default"""
+    tokens_per_device: int = 1024
+    """This repo's bound on a micro-batch: longer rows gain nothing on a CPU (scaling.py) and take more memory"""
     trl_batches: tuple[int, ...] = (1, 2, 4, 8)
     """TRL's per-device batches to choose the fastest from, ascending divisors of --pairs, to which they accumulate"""
     trl_python: str = ""
@@ -260,8 +260,9 @@ Matrix product {slowest:.0f} to {fastest:.0f} GFLOP/s; load average {load_before
 {table}
 
 Llama with 34.2M random weights (hidden 512, 8 layers, vocabulary 32,000, tied embeddings), float32, {pairs} pairs a
-step, DPO with stored reference log-probs, AdamW. Medians of {timed} steps a side, in turns of {turn}. A ratio is the
-median over steps that both sides took on the same pairs, with the smallest and the largest in brackets.
+step, DPO with stored reference log-probs, AdamW. This repo runs them with --tokens-per-device {tokens} (8192 is the
+scripts' default, for GPUs). Medians of {timed} steps a side, in turns of {turn}. A ratio is the median over steps that
+both sides took on the same pairs, with the smallest and the largest in brackets.
 
 - tokens/s counts a pair's prompt and both responses once, for both sides.
 - By processor time instead of the clock, which a busy machine disturbs less (most reliable with OMP_NUM_THREADS=1), the
@@ -303,6 +304,7 @@ def report(results: dict[str, dict], args: Args, minutes: float, load_before: fl
         table=table(results),
         cpu_ratios=", ".join(f"{name} {result['cpu_ratio']:.1f}" for name, result in results.items()),
         pairs=args.pairs,
+        tokens=args.tokens_per_device,
         timed=args.steps * args.rounds,
         turn=args.steps,
         responses=2 * args.pairs,

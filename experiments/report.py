@@ -151,7 +151,9 @@ def commit() -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results", ":!benchmarks/results"
+    )
     return (git("rev-parse", "--short", "HEAD") or "no git") + (" with changes" if changed else "")
 
 
