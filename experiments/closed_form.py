@@ -197,18 +197,16 @@ def judge(found: dict[tuple, Tensor], on: str, where: str = "exact") -> list[rep
         verdicts.append(
             verdict("H-DPO Fig. 3", statement, BETTER.format(listed(ks)), highest(every), "; ".join(numbers))
         )
-    cells = [
-        (colder, smaller)
-        for step in (0.9, 1.1)
-        if ("alpha", step) in gain
-        for colder, smaller in zip(decisions(gain["T", step]), decisions(gain["alpha", step]))
-        if None not in (colder, smaller)
-    ]
-    same = sum(colder == smaller for colder, smaller in cells)
-    numbers = f"one sign in {same} of {len(cells)} cells; DPO at T 0.9 over T 1: {gains(gain['T', 0.9], KS, KS)}; "
-    numbers += f"alpha 0.9 over alpha 1: {gains(gain['alpha', 0.9], KS, KS)}"
+    sides = {step: [] for step in (0.9, 1.1) if ("alpha", step) in gain}  # whether T and alpha have one sign
+    for step, same in sides.items():
+        both = zip(decisions(gain["T", step]), decisions(gain["alpha", step]))
+        same += [colder == smaller for colder, smaller in both if None not in (colder, smaller)]
+    numbers = [f"one sign in {sum(same)} of {len(same)} cells at {step:g}" for step, same in sides.items()]
+    numbers += [f"DPO at T 0.9 over T 1: {gains(gain['T', 0.9], KS, KS)}"]
+    numbers += [f"alpha 0.9 over alpha 1: {gains(gain['alpha', 0.9], KS, KS)}"]
     statement = f"alpha < 1 helps where a lower temperature of DPO helps; {on}"
-    return [*verdicts, verdict("H-DPO Sec. 5.4", statement, RULE, same == len(cells) if cells else None, numbers)]
+    holds = report.all_hold(*(all(same) if same else None for same in sides.values()))
+    return [*verdicts, verdict("H-DPO Sec. 5.4", statement, RULE, holds, "; ".join(numbers))]
 
 
 def judge_beta(found: dict[tuple, Tensor], on: str) -> report.Verdict:

@@ -306,7 +306,7 @@ def main(args: Args) -> None:
             Verdict(
                 5,
                 f"DID Thm 3.4, Fig. 1, {kind}",
-                "DPO's log-ratio reward reaches the target policy, and none of the other rewards or losses does",
+                "DPO's log-ratio reward reaches the target policy, and with the same beta no other reward or loss does",
                 f"DPO's JS divergence to the target < {REACHED:.0%} of the reference's, and every other objective's "
                 f"with the same beta at least {AHEAD} times DPO's ({end})",
                 bool((ends["DPO"] < REACHED).all()) and ahead[nearest] >= AHEAD,

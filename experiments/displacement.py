@@ -87,15 +87,15 @@ def claim_6(changes: Callable[[str, float], Sequence[float] | None], rates: Sequ
     holds = [
         report.all_hold(report.above_zero([-value for value in dpo]), report.above_zero(dgpo))
         for dpo, dgpo in judged.values()
-    ]
+    ] + [None] * (len(rates) - len(judged))
     every = "; ".join(
         f"lr {rate:g}: DPO {report.spread(dpo, 4)}, DGPO {report.spread(dgpo, 4)}"
         for rate, (dpo, dgpo) in judged.items()
     )
     return report.Verdict(
         6, "DGPO Fig. 1, 2, Table 3", "On near-duplicate pairs DPO lowers the chosen log-prob and DGPO raises it.",
-        f"{when}, {CLAIM_6}", True if True in holds else None if None in holds or not holds else False,
-        f"{when}, at {holds.count(True)} of {len(rates)} rates. {every}",
+        f"{when}, {CLAIM_6}", True if True in holds else None if None in holds else False,
+        f"{when}, at {holds.count(True)} of {len(judged)} rates that came there. {every}",
     )  # fmt: skip
 
 

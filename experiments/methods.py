@@ -56,7 +56,7 @@ SURE = 0.9
 SAMPLES = 32
 BETA = 0.1  # DPL's, for all that have a reference
 EPSILON = 0.01
-HEAT = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)  # temperatures
+HEAT = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0)  # temperatures
 # From log-probs summed over the tokens: of chosen and rejected outcome, and of both under the reference.
 LOSSES = {
     "H-DPO, alpha 0.8": lambda *logps: hdpo.hdpo_loss(*logps, 0.8, BETA),
@@ -259,8 +259,8 @@ def with_several_right_ways(found: dict, args: Args) -> str:
         f"percent, mean over {args.trees} tables (exact for each); in brackets a 95% interval over tables. A policy "
         f"that spreads evenly over the right ones finds {even:.1f}. The last column is at the best of the temperatures "
         f"{HEAT[0]:g} to {HEAT[-1]:g}.\n\n{report.table([*header, 'found, best T'], rows)}\n"
-        f"Colder samples (T = 0.5 against 1) find fewer right ways for {len(colder)} of {len(found)} policies. No "
-        f"temperature brings the base above {most['base']:.1f}. DPO sampled at "
+        f"Colder samples (T = 0.5 against 1) find fewer right ways for {len(colder)} of {len(found)} policies. None "
+        f"of these temperatures brings the base above {most['base']:.1f}. DPO sampled at "
         + (f"T = {as_hot[0]:g} finds what DPL finds at 1" if as_hot else "no temperature finds what DPL finds at 1")
         + f"; each at its best temperature, {max(most, key=most.get)} finds most.\n"
     )

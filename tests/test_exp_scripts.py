@@ -50,6 +50,8 @@ def test_displacement_launches_the_scripts(tmp_path):
         ({1: [-0.2, -0.3, -0.2], 2: [0.1, 0.2, 0.1]}, [0.1, 0.2, 0.1], True),
         ({1: [-0.2, -0.3, -0.2], 2: [-0.1, -0.1, -0.2]}, [-0.1, -0.2, -0.1], False),
         ({1: [-0.2, -0.3, -0.2], 2: None}, [-0.1, 0.3, -0.1], None),
+        ({1: [-0.2, -0.3, -0.2], 2: None}, [-0.1, -0.2, -0.1], None),
+        ({1: [-0.2, -0.3, -0.2], 2: None}, [0.1, 0.2, 0.1], True),
         ({1: None, 2: None}, [0.1, 0.2, 0.1], None),
     ],
 )
@@ -66,7 +68,7 @@ def test_standard_error_over_seeds():
 def test_markov(tmp_path, inside):
     args = markov.Args(seeds=1, steps=2, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True)
     markov.main(args)
-    assert [verdict["claim"] for verdict in verdicts(tmp_path, "markov")] == [6, 6, 7, 15, 15]
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "markov")] == [6, 6, 7, 15, 15, 15, 15]
     run = json.loads((tmp_path / "runs/dpo-unrelated-0.0003-0/args.json").read_text())
     assert run["model"].endswith("language-0/model") and run["dataset"].endswith("language-0/unrelated_train.jsonl")
 
@@ -131,7 +133,7 @@ def test_alpha_sweep(tmp_path, inside):
         seeds=1, problems=4, n=4, harder=4, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True
     )
     alpha_sweep.main(args)
-    assert [verdict["claim"] for verdict in verdicts(tmp_path, "alpha_sweep")] == [8, 9, 9, 9, 9]
+    assert [verdict["claim"] for verdict in verdicts(tmp_path, "alpha_sweep")] == [8, 8, 9, 9, 9, 9]
 
 
 def made_up(alpha, beta, seed, args, slope=1.0):
@@ -157,13 +159,13 @@ def test_alpha_sweep_judges_by_the_numbers(slope, tmp_path, monkeypatch, inside)
     monkeypatch.setattr(alpha_sweep, "exact_passk", exact)
     alpha_sweep.main(alpha_sweep.Args(results=str(tmp_path)))
     holds = [verdict["holds"] for verdict in verdicts(tmp_path, "alpha_sweep")]
-    assert holds == [slope > 0] * 4 + [True]
+    assert holds == [slope > 0] * 5 + [True]
 
 
 def test_hard_problems(tmp_path, inside):
     hard_problems.main(hard_problems.Args(seeds=1, runs=str(tmp_path / "runs"), results=str(tmp_path), fast=True))
     assert [verdict["claim"] for verdict in verdicts(tmp_path, "hard_problems")] == [10, 10]
-    assert json.loads((tmp_path / "runs/ratio-2-0/args.json").read_text())["alpha"] == 2
+    assert json.loads((tmp_path / "runs/ratio-1.1-0/args.json").read_text())["alpha"] == 1.1
 
 
 @pytest.mark.parametrize("first", [-0.1, 0.1, 0.0])
@@ -173,7 +175,7 @@ def test_hard_problems_asks_for_a_crossing(first, last):
     dpo = torch.rand(3, 50, len(hard_problems.NS), generator=random, dtype=torch.float64)
     ahead = torch.linspace(first, last, len(hard_problems.NS))
     noise = 0.02 * torch.randn(dpo.shape, generator=random, dtype=torch.float64)
-    above, below = hard_problems.judge({1.0: dpo, 1.2: dpo + ahead + noise})
+    above, below = hard_problems.judge({1.0: dpo, 1.2: dpo + ahead + noise}, dict.fromkeys(hard_problems.NS, 0.5))
     words = {0.1: True, 0.0: None, -0.1: False}
     assert above.holds is words[last] and below.holds is words[-first]
 
