@@ -12,13 +12,14 @@
         --steps 400 --batch-size 64 --lora-rank 16 --gradient-checkpointing --prompts 200 --samples 25 \
         --max-new-tokens 512 --jobs 1        (one GPU)
 
-Every method takes the same steps on the same pairs, which are no near-duplicates. What a run has done is measured on
-pairs with other prompts, pair by pair against the model before training, so that errors are standard errors over
-held-out pairs (of a mean over seeds, where there are several) or, for samples, over prompts. They say nothing of other
-training pairs; the seeds do, each of which trains on others. The learning rate is large because the steps are few: in
-pilots, eight steps at 5e-6 moved DPO's held-out log-probs by a hundredth of a nat a token, twelve of 4 pairs at 4e-5 by
-a tenth, but did not lower its loss. DPO-PG's is its script's; its theorems speak of a step's own pairs and of plain
-gradient steps, where the paper and its script take RMSprop.
+Every method takes the same steps on the same pairs, which are no near-duplicates. What a run has done is measured pair
+by pair against the model before training, on pairs that it was trained on, as the papers' curves are, and on held-out
+ones with other prompts. Errors are standard errors over pairs or prompts and, for methods that ran from several seeds,
+over seeds, added as variances; a single run's error leaves out what another seed would change. The learning rate is
+large because the steps are few: in pilots, eight steps at 5e-6 moved DPO's held-out log-probs by a hundredth of a nat a
+token, twelve of 4 pairs at 4e-5 by a tenth. Where DPO's loss has not come down on the pairs that it trained on, nothing
+was learnt and claims 6 and 8 are undecided. DPO-PG's rate is its script's; its theorems speak of a step's own pairs and
+of plain gradient steps, where the paper and its script take RMSprop.
 """
 
 import json
@@ -29,14 +30,16 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import report
 import torch
 import tyro
+from eps_control import paired_error
 
 sys.path.insert(0, str(report.ROOT))
 
@@ -66,20 +69,17 @@ ALPHAS = {0.8: "H-DPO 0.8", 1.0: "DPO", 1.2: "H-DPO 1.2"}
 EPSILONS = (0.005, 0.01, 0.02)
 MEASURES = {"entropy": "entropy", "distinct_2": "Distinct-2", "self_bleu": "Self-BLEU"}
 
-LOWERS = "DPO's chosen log-prob on held-out pairs: lower than at the start by more than two standard errors"
-RAISES = "DGPO's chosen log-prob on held-out pairs: higher than at the start by more than two standard errors"
-CLAIM_7 = (
-    "held-out pairs, by more than two standard errors: chosen log-prob higher and DPO's loss lower than at the start, "
-    "and the rejected log-prob not higher"
-)
-CLAIM_8 = (
-    "alpha 1.2 less alpha 0.8, by more than two standard errors over prompts: entropy and Distinct-2 higher, Self-BLEU "
-    "lower"
-)
+BY = "by more than two standard errors"
+LEARNT = "; undecided unless DPO's loss on the pairs that it trained on has come down by as much"
+LOWERS = f"DPO's chosen log-prob is lower than at the start {BY}{LEARNT}"
+RAISES = f"DGPO's chosen log-prob is higher than at the start {BY}{LEARNT}"
+CLAIM_7 = f"{BY}: chosen log-prob higher and DPO's loss lower than at the start, and the rejected log-prob not higher"
+CLAIM_8 = f"alpha 1.2 less alpha 0.8, {BY} over prompts: entropy and Distinct-2 higher, Self-BLEU lower{LEARNT}"
 OFTEN = (
-    "held-out pairs under eps-DPO's policy: the share of adapted pairs rises from eps 0.005 to 0.02 by more than two "
-    "standard errors"
+    "held-out pairs under eps-DPO's policy: the share of adapted pairs rises from eps 0.005 to 0.01 and from there to "
+    f"0.02, each {BY}"
 )
+PARTS = ("trained", "held-out")  # pairs
 
 
 @dataclass
@@ -95,12 +95,12 @@ class Args:
     max_tokens: int = 120
     """Longest pair that is used: tokens of prompt, chosen and rejected together"""
     held_out: int = 96
-    """Pairs for evaluation, whose prompts are not trained on"""
+    """Pairs for evaluation, whose prompts are not trained on, and as many that are trained on"""
     steps: int = 40
     """Optimizer steps of a run"""
     batch_size: int = 8
     """Pairs of a step"""
-    lr: float = 1e-5
+    lr: float = 2e-5
     """Peak learning rate"""
     lr_pg: float = 1e-6
     """DPO-PG's, whose RMSprop moves further at the same rate"""
@@ -129,8 +129,8 @@ class Args:
 
 
 def prepare(folder: Path, args: Args) -> None:
-    """Leave base/, the model in float32 (a type that keeps what small steps move), train.jsonl, test.jsonl and
-    prompts.jsonl, all of them text that is already in the model's template.
+    """Leave base/, the model in float32 (a type that keeps what small steps move), train.jsonl, trained.jsonl with some
+    of its pairs, held-out.jsonl and prompts.jsonl, all of them text that is already in the model's template.
     """
     tokenizer = common.load_tokenizer(args.model)
     for part in (common.load_model(args.model, torch.float32), tokenizer):
@@ -146,19 +146,21 @@ def prepare(folder: Path, args: Args) -> None:
     prompts = list(groups)
     order = [prompts[i] for i in torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))]
     test = order[: args.held_out]
+    train = [row for prompt in order[args.held_out :] for row in groups[prompt]]
     rows = {
-        "test": [groups[prompt][0] for prompt in test],
-        "train": [row for prompt in order[args.held_out :] for row in groups[prompt]],
+        "held-out": [groups[prompt][0] for prompt in test],
+        "train": train,
+        "trained": train[: args.held_out],
         "prompts": [{"question": prompt} for prompt in test[: args.prompts]],
     }
     for name, own in rows.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
 
 
-def held_out_pairs(folder: Path, args: Args):
-    """The pairs of test.jsonl as token ids."""
+def load_pairs(name: str, folder: Path, args: Args):
+    """The pairs of a file of prepare() as token ids."""
     tokenizer = common.load_tokenizer(str(folder / "base"))
-    return common.load_preferences(str(folder / "test.jsonl"), tokenizer, "", args.max_tokens, args.max_tokens - 1)
+    return common.load_preferences(str(folder / f"{name}.jsonl"), tokenizer, "", args.max_tokens, args.max_tokens - 1)
 
 
 def threads(args: Args) -> int:
@@ -228,7 +230,7 @@ def run(method: str, seed: int, args: Args) -> dict:
     script, *more = METHODS[method]
     report.launch(
         script, *more, "--model", runs / "base", "--dataset", runs / "train.jsonl", "--eval-dataset",
-        runs / "test.jsonl", "--max-length", args.max_tokens, "--max-prompt-length", args.max_tokens - 1,
+        runs / "held-out.jsonl", "--max-length", args.max_tokens, "--max-prompt-length", args.max_tokens - 1,
         "--lr", args.lr_pg if method == "DPO-PG" else args.lr, "--warmup", 0.1, "--batch-size", args.batch_size,
         "--steps", args.steps, "--seed", seed, "--eval-every", max(1, args.steps // 4), "--lora-rank", args.lora_rank,
         *["--gradient-checkpointing"] * args.gradient_checkpointing, "--output-dir", folder,
@@ -237,7 +239,8 @@ def run(method: str, seed: int, args: Args) -> dict:
     found = {name: dict(report.metrics(folder, f"eval/logps/{name}")) for name in ("chosen", "rejected")}
     found = {"curves": {name: [list(curve), list(curve.values())] for name, curve in found.items()}}
     with SCORING:
-        found["pairs"] = score(load(folder / "model"), load(runs / "base"), held_out_pairs(runs, args))
+        models = load(folder / "model"), load(runs / "base")
+        found["pairs"] = {part: score(*models, load_pairs(part, runs, args)) for part in PARTS}
         torch.cuda.empty_cache()  # the next run is another process on the same GPU
     if seed == 0 and method in ALPHAS.values():
         found["samples"] = sample(folder / "model", folder, args)
@@ -247,22 +250,23 @@ def run(method: str, seed: int, args: Args) -> dict:
     return found
 
 
-def mean_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error."""
-    return fmean(values), stdev(values) / math.sqrt(len(values))
+def mean_error(values: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """The mean of (seeds, pairs or prompts), and its standard error over the latter and over the seeds, if several."""
+    values = torch.tensor(values, dtype=torch.float64)
+    return values.mean().item(), paired_error(values)
 
 
-def shown(values: Sequence[float], digits: int = 4, sign: str = "+") -> str:
+def shown(values: Sequence[Sequence[float]], digits: int = 4, sign: str = "+") -> str:
     """As "+0.123 ± 0.004", with the standard error; sign is "" for what is no change."""
     return "{:{sign}.{digits}f} ± {:.{digits}f}".format(*mean_error(values), sign=sign, digits=digits)
 
 
-def dpo_losses(margins: Iterable[float]) -> list[float]:
-    """Change of DPO's loss of each pair; at the start it is log 2."""
-    return [math.log1p(math.exp(-BETA * margin)) - math.log(2) for margin in margins]
+def dpo_losses(margins: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Change of DPO's loss of each pair, (seeds, pairs); at the start it is log 2."""
+    return [[math.log1p(math.exp(-BETA * margin)) - math.log(2) for margin in own] for own in margins]
 
 
-def draw(runs: dict, pairs: dict, samples: dict):
+def draw(runs: dict, held_out: dict, samples: dict):
     """Above, log-probs over the steps, one scale for all methods, and KL; below, what alpha changes and eps adapts."""
     figure, axes = report.axes(3, 4, width=13, height=2.8)
     cells = axes.flat
@@ -280,16 +284,16 @@ def draw(runs: dict, pairs: dict, samples: dict):
         axis.legend()
     for row in axes[:2]:
         row[0].set_ylabel("change of $\\log\\pi$ per token")
-    kls = [fmean(pairs[method]["kl"]) for method in METHODS]
+    kls = [fmean(held_out[method]["kl"][0]) for method in METHODS]
     axes[1, 3].barh(list(METHODS), kls, color=list(map(colour, METHODS)))
     axes[1, 3].invert_yaxis()
-    axes[1, 3].set_xlabel("$KL(\\pi, \\pi_{ref})$ of a response")
+    axes[1, 3].set_xlabel("$KL(\\pi, \\pi_{ref})$ of a response, seed 0")
     for (name, label), axis in zip(MEASURES.items(), axes[2]):
-        found = [mean_error(differences(samples, name, 1.0, alpha)) for alpha in ALPHAS]
+        found = [mean_error([differences(samples, name, 1.0, alpha)]) for alpha in ALPHAS]
         axis.errorbar(list(ALPHAS), *zip(*found), fmt="o-", color=report.COLOURS["H-DPO"], capsize=3)
         axis.set(xlabel="$\\alpha$", ylabel=f"{label} less that of $\\alpha=1$")
     for kind, style in (("exact", "o-"), ("bf16", "x--")):
-        shares = [share(pairs, kind, epsilon) for epsilon in EPSILONS]
+        shares = [share(held_out, kind, epsilon) for epsilon in EPSILONS]
         axes[2, 3].plot(EPSILONS, shares, style, color=report.COLOURS["eps-DPO"], label=kind)
     axes[2, 3].set(xlabel="$\\epsilon$", ylabel="share of adapted pairs", ylim=(-0.05, 1.05))
     axes[2, 3].legend()
@@ -305,119 +309,128 @@ def colour(method: str) -> str:
     return report.COLOURS[method.split()[0]]
 
 
-def share(pairs: dict, kind: str, epsilon: float) -> float:
+def share(held_out: dict, kind: str, epsilon: float) -> float:
     """Share of held-out pairs for which eps-DPO's policy would move beta."""
-    return fmean(map(abs, pairs["eps-DPO"][f"{kind} {epsilon:g}"]))
+    return fmean(map(abs, held_out["eps-DPO"][f"{kind} {epsilon:g}"][0]))
 
 
 def moves(pairs: dict, name: str) -> str:
-    """Words on which methods moved a log-prob by more than two standard errors, and where to."""
-    found = {method: report.decide(*mean_error(own[name])) for method, own in pairs.items()}
+    """Words on which methods moved a log-prob, from seed 0, by more than two standard errors, and where to."""
+    found = {method: report.decide(*mean_error(own[name][:1])) for method, own in pairs.items()}
     ways = {True: "raised by", False: "lowered by", None: "undecided for"}
     sides = ((way, ", ".join(method for method, holds in found.items() if holds is side)) for side, way in ways.items())
     return f"the {name} log-prob is " + ", ".join(f"{way} {names}" for way, names in sides if names)
 
 
 def judge(pairs: dict, samples: dict) -> list[report.Verdict]:
-    """The verdicts, from method -> what score() found, means over its seeds, and alpha -> what sample() found."""
-    pg, loss = pairs["DPO-PG"], dpo_losses(pairs["DPO-PG"]["margin"])
-    chosen = {method: report.decide(*mean_error(pairs[method]["chosen"])) for method in METHODS}
-    ends = {name: differences(samples, name, 0.8, 1.2) for name in MEASURES}
-    ends["self_bleu"] = [-value for value in ends["self_bleu"]]
-    verdicts = [
-        report.Verdict(
-            6, "DGPO Fig. 1, 2", "DPO lowers the chosen log-prob.", LOWERS,
-            report.decide(-fmean(pairs["DPO"]["chosen"]), mean_error(pairs["DPO"]["chosen"])[1]),
-            f"chosen {shown(pairs['DPO']['chosen'])}, rejected {shown(pairs['DPO']['rejected'])} a token",
-        ),
-        report.Verdict(
-            6, "DGPO Fig. 1, 2", "DGPO raises the chosen log-prob.", RAISES, chosen["DGPO"],
-            f"chosen {shown(pairs['DGPO']['chosen'])}, rejected {shown(pairs['DGPO']['rejected'])} a token",
-        ),
-        report.Verdict(
-            7, "DPO-PG Fig. 8, 9", "DPO-PG raises the chosen, never the rejected log-prob, and DPO's loss still falls.",
-            CLAIM_7,
-            report.all_hold(
-                chosen["DPO-PG"],
-                report.decide(-fmean(loss), mean_error(loss)[1]),
-                report.decide(*mean_error(pg["rejected"])) is not True,
+    """The verdicts.
+
+    pairs    part -> method -> what score() found, each name's values (seeds, pairs)
+    samples  alpha -> what sample() found
+    """
+
+    def above(values) -> bool | None:
+        return report.decide(*mean_error(values))
+
+    def below(values) -> bool | None:
+        return above([[-value for value in own] for own in values])
+
+    learnt = below(dpo_losses(pairs["trained"]["DPO"]["margin"])) is True
+    verdicts = []
+    for part, own in pairs.items():
+        log_probs = {
+            method: f"chosen {shown(own[method]['chosen'])}, rejected {shown(own[method]['rejected'])} a token, DPO's "
+            f"loss {shown(dpo_losses(own[method]['margin']))}"
+            for method in WITH_SEEDS
+        }
+        pg = own["DPO-PG"]
+        holds = report.all_hold(above(pg["chosen"]), below(dpo_losses(pg["margin"])), above(pg["rejected"]) is not True)
+        verdicts += [
+            report.Verdict(
+                6, "DGPO Fig. 1, 2", f"DPO lowers the chosen log-prob; {part} pairs.", LOWERS,
+                below(own["DPO"]["chosen"]) if learnt else None, log_probs["DPO"],
             ),
-            f"chosen {shown(pg['chosen'])}, rejected {shown(pg['rejected'])} a token, DPO's loss {shown(loss)}",
-        ),
+            report.Verdict(
+                6, "DGPO Fig. 1, 2", f"DGPO raises the chosen log-prob; {part} pairs.", RAISES,
+                above(own["DGPO"]["chosen"]) if learnt else None, log_probs["DGPO"],
+            ),
+            report.Verdict(
+                7, "DPO-PG Fig. 8, 9",
+                f"DPO-PG raises the chosen, never the rejected log-prob, and DPO's loss still falls; {part} pairs.",
+                CLAIM_7, holds, log_probs["DPO-PG"],
+            ),
+        ]  # fmt: skip
+    ends = {name: [differences(samples, name, 0.8, 1.2)] for name in MEASURES}
+    ends["self_bleu"] = [[-value for value in ends["self_bleu"][0]]]
+    verdicts.append(
         report.Verdict(
             8, "H-DPO Table 2", "Entropy, Distinct and inverted Self-BLEU rise with alpha in 0.8 ... 1.2.", CLAIM_8,
-            report.all_hold(*(report.decide(*mean_error(own)) for own in ends.values())),
-            "from alpha 0.8 to 1.2: "
+            report.all_hold(*map(above, ends.values())) if learnt else None,
+            "from alpha 0.8 to 1.2, a run of each: "
             + ", ".join(
                 f"{'inverted ' * (name == 'self_bleu')}{label} {shown(ends[name])}" for name, label in MEASURES.items()
             ),
-        ),
-    ]  # fmt: skip
+        )
+    )  # fmt: skip
     for kind, meaning in (("exact", "exact decisions"), ("bf16", "decisions in bf16, as the authors' code has them")):
-        first, last = (pairs["eps-DPO"][f"{kind} {epsilon:g}"] for epsilon in (EPSILONS[0], EPSILONS[-1]))
-        rise = [abs(high) - abs(low) for low, high in zip(first, last)]
-        shares = [share(pairs, kind, epsilon) for epsilon in EPSILONS]
-        told = ", ".join(f"{own:.3f}" for own in shares) + " (not monotone)" * (shares != sorted(shares))
+        decisions = [pairs["held-out"]["eps-DPO"][f"{kind} {epsilon:g}"][0] for epsilon in EPSILONS]
+        rises = [[[abs(b) - abs(a) for a, b in zip(*both)]] for both in pairwise(decisions)]
+        shares = ", ".join(f"{share(pairs['held-out'], kind, epsilon):.3f}" for epsilon in EPSILONS)
         verdicts.append(
             report.Verdict(
                 12, "eps-DPO Fig. 3", f"A larger eps adapts more often ({meaning}).", OFTEN,
-                report.decide(*mean_error(rise)), f"{told} of the pairs; from first to last {shown(rise, 3)}",
+                report.all_hold(*map(above, rises)),
+                f"{shares} of the pairs; " + ", then ".join(shown(rise, 3) for rise in rises),
             )
         )  # fmt: skip
     return [replace(verdict, where="real model") for verdict in verdicts]
 
 
-def tables(args: Args, runs: dict, pairs: dict, samples: dict) -> str:
+def tables(args: Args, runs: dict, pairs: dict, samples: dict, seen: float) -> str:
     """What was found, in sentences, and every number."""
-    kls = {method: fmean(pairs[method]["kl"]) for method in METHODS}
-    ends = {method: [fmean(runs[method, s]["pairs"]["chosen"]) for s in range(args.seeds)] for method in WITH_SEEDS}
-    ranges = ", ".join(f"{min(own):+.3f} to {max(own):+.3f} ({method})" for method, own in ends.items())
+    held_out = pairs["held-out"]
+    kls = {method: fmean(held_out[method]["kl"][0]) for method in METHODS}
     least, most = min(kls, key=kls.get), max(kls, key=kls.get)
     start = {name: runs["DPO", 0]["curves"][name][1][0] for name in ("chosen", "rejected")}
-    return (
+    text = (
         f"{Path(args.model).name} on pairs of {Path(args.dataset).name} of at most {args.max_tokens} tokens: "
         f"{args.steps} steps of {args.batch_size} pairs, peak learning rate {args.lr:g} (DPO-PG {args.lr_pg:g}), beta "
-        f"{BETA:g}"
-        + f"; {', '.join(WITH_SEEDS)} from {args.seeds} seeds, which moved the chosen log-prob by {ranges}"
-        * (args.seeds > 1)
-        + f". By more than two standard errors over {len(pairs['DPO']['kl'])} held-out pairs, {moves(pairs, 'chosen')} "
-        f"and {moves(pairs, 'rejected')}. {least} stays closest to the model before training, with a KL of "
-        f"{kls[least]:.3f} a response, and {most} goes furthest, with {kls[most]:.3f}. Samples have an entropy of "
+        f"{BETA:g}; {', '.join(WITH_SEEDS)} from {args.seeds} seeds. A run has seen {min(1, seen):.0%} of the training "
+        f"pairs; {len(held_out['DPO']['kl'][0])} of these, and as many held-out ones, are measured.\n\n"
+        "All methods from seed 0, by more than two standard errors over pairs: "
+        + "; ".join(
+            f"on {part} pairs {moves(own, 'chosen')} and {moves(own, 'rejected')}" for part, own in pairs.items()
+        )
+        + f". On held-out pairs {least} stays closest to the model before training, with a KL of {kls[least]:.3f} a "
+        f"response, and {most} goes furthest, with {kls[most]:.3f}. Samples have an entropy of "
         + ", ".join(f"{fmean(own['entropy']):.3f} (alpha {alpha:g})" for alpha, own in samples.items())
-        + f" nats a token. At eps {EPSILONS[1]:g}, exact decisions adapt {share(pairs, 'exact', EPSILONS[1]):.0%} of "
-        f"the pairs and decisions in bf16 {share(pairs, 'bf16', EPSILONS[1]):.0%}.\n\n"
-        f"Changes from the start, where the log-probs per token are {start['chosen']:.3f} (chosen) and "
-        f"{start['rejected']:.3f} (rejected), with standard errors; KL(pi, ref) over the vocabulary along held-out "
-        "responses.\n\n"
-        + report.table(
-            ["method", "seed", "chosen", "rejected", "DPO's loss", "KL(pi, ref)"],
-            [
-                [method, seed, shown(one["pairs"]["chosen"]), shown(one["pairs"]["rejected"])]
-                + [shown(dpo_losses(one["pairs"]["margin"])), shown(one["pairs"]["kl"], 3, "")]
-                for (method, seed), one in runs.items()
-            ],
-        )
-        + f"\n{args.samples} samples of each of {len(samples[1.0]['entropy'])} held-out prompts at temperature 1, of "
-        f"at most {args.max_new_tokens} tokens; entropy in nats a token; standard errors over prompts.\n\n"
-        + report.table(
-            ["alpha", *MEASURES.values()],
-            [[f"{alpha:g}", *(shown(own[name], 3, "") for name in MEASURES)] for alpha, own in samples.items()],
-        )
-        + "\nShare of held-out pairs whose beta eps-DPO's policy would change (and of those whose beta would "
-        "grow).\n\n"
-        + report.table(
-            ["arithmetic", *(f"eps {epsilon:g}" for epsilon in EPSILONS)],
-            [
-                [kind]
-                + [
-                    f"{share(pairs, kind, epsilon):.3f} "
-                    f"({fmean(way > 0 for way in pairs['eps-DPO'][f'{kind} {epsilon:g}']):.3f})"
-                    for epsilon in EPSILONS
-                ]
-                for kind in ("exact", "bf16")
-            ],
-        )
+        + f" nats a token. At eps {EPSILONS[1]:g}, exact decisions adapt {share(held_out, 'exact', EPSILONS[1]):.0%} "
+        f"of the pairs and decisions in bf16 {share(held_out, 'bf16', EPSILONS[1]):.0%}.\n"
     )
+    for part in PARTS:
+        began = f", where the log-probs per token are {start['chosen']:.3f} and {start['rejected']:.3f}"
+        text += (
+            f"\nChanges on {part} pairs from the start{began * (part == 'held-out')}; standard errors over pairs. "
+            "KL(pi, ref) is over the vocabulary along the responses, of a response.\n\n"
+        )
+        rows = []
+        for (method, seed), run in runs.items():
+            own = {name: [values] for name, values in run["pairs"][part].items()}
+            cells = shown(own["chosen"]), shown(own["rejected"]), shown(dpo_losses(own["margin"]))
+            rows.append([method, seed, *cells, shown(own["kl"], 3, "")])
+        text += report.table(["method", "seed", "chosen", "rejected", "DPO's loss", "KL(pi, ref)"], rows)
+    text += (
+        f"\n{args.samples} samples of each of {len(samples[1.0]['entropy'])} held-out prompts at temperature 1, of at "
+        f"most {args.max_new_tokens} tokens; entropy in nats a token; standard errors over prompts.\n\n"
+    )
+    rows = [[f"{alpha:g}", *(shown([own[name]], 3, "") for name in MEASURES)] for alpha, own in samples.items()]
+    text += report.table(["alpha", *MEASURES.values()], rows)
+    text += "\nShare of held-out pairs whose beta eps-DPO's policy would change (of those whose beta would grow).\n\n"
+    rows = []
+    for kind in ("exact", "bf16"):
+        ways = [held_out["eps-DPO"][f"{kind} {epsilon:g}"][0] for epsilon in EPSILONS]
+        rows.append([kind, *(f"{fmean(map(abs, own)):.3f} ({fmean(way > 0 for way in own):.3f})" for own in ways)])
+    return text + report.table(["arithmetic", *(f"eps {epsilon:g}" for epsilon in EPSILONS)], rows)
 
 
 def main(args: Args) -> None:
@@ -443,18 +456,20 @@ def main(args: Args) -> None:
     found = report.side_by_side([lambda key=key: run(*key, args) for key in keys], args.jobs)
     runs = dict(zip(keys, found))
     pairs = {
-        method: {
-            name: list(map(fmean, zip(*(one["pairs"][name] for (own, _), one in runs.items() if own == method))))
-            for name in runs[method, 0]["pairs"]
+        part: {
+            method: {
+                name: [run["pairs"][part][name] for (own, _), run in runs.items() if own == method] for name in names
+            }
+            for method in METHODS
         }
-        for method in METHODS
+        for part, names in found[0]["pairs"].items()
     }
     samples = {alpha: runs[method, 0]["samples"] for alpha, method in ALPHAS.items()}
 
     spent.write_text(f"{time.perf_counter() - report.STARTED}")
-    report.save(
-        args, "real_model", judge(pairs, samples), tables(args, runs, pairs, samples), draw(runs, pairs, samples)
-    )
+    seen = args.steps * args.batch_size / len((folder / "train.jsonl").read_text().splitlines())
+    text = tables(args, runs, pairs, samples, seen)
+    report.save(args, "real_model", judge(pairs, samples), text, draw(runs, pairs["held-out"], samples))
 
 
 if __name__ == "__main__":
