@@ -342,10 +342,9 @@ def memory(args: Args) -> Iterator[tuple[str, dict]]:
     yield "memory, measured", attempt(measure, model, "lora", "dgpo", rows, pairs)
     command = "benchmarks/memory.py --model Mistral-7B --lora-rank 16 --prompt 300 --response 300 "
     command += f"--pairs {pairs} --tokens-per-device {TOKENS['lora']}"
-    if not (ROOT / "benchmarks" / "memory.py").exists():
-        raise Failed("not run: there is no benchmarks/memory.py")
     done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    yield "memory, simulated", {"text": f"`python {command}`: {done.stdout.strip().splitlines()[-1]}"}
+    head, _, row = done.stdout.strip().splitlines()[-3:]
+    yield "memory, simulated", {"text": f"`python {command}`: {head} {row}"}
 
 
 ITEMS = {"device": device, "tests": tests, "resume": resume, "memory": memory}

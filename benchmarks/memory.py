@@ -19,8 +19,9 @@ import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -102,7 +103,7 @@ COLLECTIVES = collective_ops - sync_ops
 @dataclass
 class Args:
     model: str = ""
-    """Directory, name on the hub, or one of SHAPES in the file; empty: the whole page"""
+    """Directory, name on the hub, or one of SHAPES in the file; empty: the whole page, which takes only --save"""
     script: Literal["dgpo", "eps_dpo", "dpo_pg"] = "dgpo"
     """Whose step; hdpo.py's and dpl.py's take what dgpo.py's does"""
     devices: tuple[int, ...] = (1,)
@@ -123,8 +124,6 @@ class Args:
     """Tokens of each response"""
     save: str = ""
     """Write the page to SAVE.md and its numbers to SAVE.json"""
-    fast: bool = False
-    """A page of small shapes, to see that it runs"""
 
 
 class Tracker(MemTracker):
@@ -359,11 +358,6 @@ def at_depth(name: str, args: Args, devices: int) -> dict:
     return {key: line(few[key], more[key]) for key in few if key != "peaks"} | {"peaks": peaks}
 
 
-def resident() -> int:
-    """Bytes of memory that this process has now (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
 def measured(name: str, args: Args) -> int:
     """Bytes that a real step on this CPU, in float32, adds at its peak to a process that has taken one of a tiny
     model, weights included.
@@ -376,7 +370,7 @@ def measured(name: str, args: Args) -> int:
         take_step(model, reference, trained, make_optimizer(trained, args), args, make_plan(args, 1))
 
     run("tiny", replace(args, pairs=1, prompt=8, response=8))
-    before = resident()
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # resident now (Linux)
     run(name, args)
     return peak_bytes() - before
 
@@ -387,157 +381,153 @@ def real(name: str, args: Args, environment: dict[str, str]) -> int:
         return pool.submit(measured, name, args).result()
 
 
-def beside(name: str, args: Args) -> dict:
-    """Bytes of a real step, where freed memory is given back and as it is, and the simulated ones of the same."""
-    return {
-        "measured": real(name, args, GIVE_BACK),
-        "as it is": real(name, args, {}),
-        "simulated": max(simulate(make_config(name), args, gpu=False)["peaks"].values()),
-    }
-
-
 def card(gib: float) -> str:
     """The smallest card whose share such a peak leaves free."""
     return next((f"{size} GB" for size in CARDS if gib <= FILLED * size), "none")
 
 
-TUNINGS = {"LoRA": {"lora_rank": 16}, "full": {}}
-DEVICES = 1, 2, 4, 8, 16, 64, 512
+# The page's
+LARGE, DEVICES = ("Mistral-7B", "Llama-3.1-8B", "Qwen3-32B", "Llama-3.1-70B"), (1, 2, 4, 8, 16, 64, 512)
+TUNINGS = {"LoRA": ({"lora_rank": 16}, 1), "full": ({}, 8)}  # flags, and devices outside the first table
+REAL = ("34M of sides.py", 4), ("SmolLM2-135M", 2)  # models that are trained for comparison, and pairs
+REAL_TOKENS = 4096, 8192, 16_384  # in a row of "tiny"
+PAGE = Args(gradient_checkpointing=True)
 PARTS = ["weights", "gradients", "moments"]
-LARGE = "Mistral-7B", "Llama-3.1-8B", "Qwen3-32B", "Llama-3.1-70B"
+HEAD = [*PARTS, "the rest", "peak GiB", "card", "GB sent a step"]
 
 
 def parts(found: dict) -> list[str]:
     """Cells: weights, gradients, moments, the rest and the peak in GiB, the card, and what is sent in GB."""
     sizes = [found[part] / GIB for part in PARTS]
-    rest = peak(found) - sum(sizes)
-    return [*(f"{size:.1f}" for size in (*sizes, rest, peak(found))), card(peak(found)), f"{found['sent'] / 1e9:.1f}"]
+    sizes += [peak(found) - sum(sizes), peak(found)]
+    return [*(f"{size:.1f}" for size in sizes), card(peak(found)), f"{found['sent'] / 1e9:.1f}"]
 
 
-HEAD = [*PARTS, "the rest", "peak GiB", "card", "GB sent a step"]
-
-
-def page(args: Args) -> tuple[str, dict]:
-    """The page in markdown, and its numbers."""
-    large, devices = (("tiny",), (2,)) if args.fast else (LARGE, DEVICES)
-    common_args = replace(args, gradient_checkpointing=True)
-    numbers, first, seven = {}, [], large[0]
-
-    checks, longer = [], []
-    for name, pairs in () if args.fast else (("34M of sides.py", 4), ("SmolLM2-135M", 2)):
-        numbers[f"measured, {name}"] = found = beside(name, replace(args, pairs=pairs))
-        checks.append([name, f"{pairs} pairs of {args.prompt} + 2 x {args.response}", found])
-    for tokens in (1024, 2048) if args.fast else (4096, 8192, 16_384):
-        own = replace(common_args, pairs=1, prompt=tokens - 512, response=256, tokens_per_device=tokens)
-        numbers[f"measured, {tokens}"] = found = beside("tiny", own)
-        checks.append(["tiny, checkpointing", f"1 pair of {own.prompt} + 2 x {own.response}", found])
-        longer.append(found["measured"])
-    growth = max(two / one for one, two in zip(longer, longer[1:]))
-    checks = [
-        [name, what, f"{found['simulated'] / 2**20:.0f}"]
-        + [
-            f"{found[side] / shown:{digits}}"
-            for side in ("measured", "as it is")
-            for shown, digits in ((2**20, ".0f"), (found["simulated"], ".2f"))
-        ]
-        for name, what, found in checks
-    ]
-
-    def cell(key: str, name: str, own: Args, count: int) -> dict:
-        numbers[f"{key}, {name}, {count}"] = found = at_depth(name, own, count)
-        print(f"{key}, {name}, {count} devices: {peak(found):.1f} GiB", file=sys.stderr, flush=True)
-        return found
-
-    for name in large:
-        for tuning, flags in TUNINGS.items():
-            found = [cell(tuning, name, replace(common_args, **flags), count) for count in devices]
-            fewest = [
-                next((str(count) for count, one in zip(devices, found) if peak(one) <= FILLED * size), "-")
-                for size in CARDS
-            ]
-            first.append([name, tuning, "simulated", *(f"{peak(one):.1f}" for one in found), *fewest])
-    several = sorted({devices[0], min(8, devices[-1])})
-
-    scripts = []
-    for tuning, flags in TUNINGS.items():
-        for script in ("dgpo", "eps_dpo", "dpo_pg"):
-            for count in several[:1] if flags else several[-1:]:
-                own = replace(common_args, **flags, script=script)
-                found = numbers.get(f"{tuning}, {seven}, {count}") if script == "dgpo" else None
-                found = found or cell(f"{script} {tuning}", seven, own, count)
-                scripts.append([script, tuning, count, *parts(found)])
-
+def fits(cell) -> str:
+    """How many of each card hold a step of every large model; its peak over the devices and what each of them sends."""
     rows = []
-    for tokens in (2048,) if args.fast else (8192, 2048):
-        for checkpointing in (True, False):
-            own = replace(common_args, lora_rank=16, gradient_checkpointing=checkpointing, tokens_per_device=tokens)
-            found = numbers.get(f"LoRA, {seven}, 1") if own == replace(common_args, lora_rank=16) else None
-            found = found or cell(f"{tokens} tokens{', checkpointing' * checkpointing}", seven, own, 1)
-            rows.append([tokens, "yes" if checkpointing else "no", *parts(found)[3:-1]])
+    for name, (tuning, (flags, _)) in product(LARGE, TUNINGS.items()):
+        found = {count: cell(name, replace(PAGE, **flags), count) for count in DEVICES}
+        fewest = (next((n for n, one in found.items() if peak(one) <= FILLED * size), "-") for size in CARDS)
+        cells = (f"{peak(one):.1f}" + f" ({one['sent'] / 1e9:.0f})" * (n > 1) for n, one in found.items())
+        rows.append([name, tuning, "simulated", *fewest, *cells])
+    head = [*(f"{size} GB" for size in CARDS), *(f"{count} x" for count in DEVICES)]
+    return table(["model", "trained", "", *head], rows)
 
-    long = []
-    for tokens in (4096,) if args.fast else (4096, 16_384):
-        sizes = {"prompt": tokens - tokens // 16, "response": tokens // 32, "tokens_per_device": tokens}
-        for (tuning, flags), count in zip(TUNINGS.items(), (several[0], several[-1])):
-            own = replace(common_args, **flags, **sizes, pairs=8)
-            long.append([tokens, tuning, count, *parts(cell(f"{tokens} a pair, {tuning}", seven, own, count))[3:-1]])
 
-    depth = []
-    for tuning, flags in TUNINGS.items():
-        whole = simulate(make_config(seven), replace(common_args, **flags), devices[-1])
-        line = numbers[f"{tuning}, {seven}, {devices[-1]}"]
-        numbers[f"whole, {tuning}, {devices[-1]}"] = whole
-        depth.append([seven, tuning, devices[-1], *(f"{peak(one):.3f}" for one in (whole, line))])
-    note = "From the fast version, of small shapes.\n\n" if args.fast else ""
+def made_of(cell) -> str:
+    """What a step of each script holds."""
+    rows = []
+    for (tuning, (flags, count)), script in product(TUNINGS.items(), ("dgpo", "eps_dpo", "dpo_pg")):
+        found = cell(LARGE[0], replace(PAGE, **flags, script=script), count)
+        rows.append([script, tuning, count, *parts(found)])
+    return table(["script", "trained", "devices", *HEAD], rows)
+
+
+def less_room(cell) -> str:
+    """LoRA in shorter rows, with and without checkpointing."""
+    rows = []
+    for tokens, checkpointing in product((8192, 2048), (True, False)):
+        own = Args(lora_rank=16, gradient_checkpointing=checkpointing, tokens_per_device=tokens)
+        rows.append([tokens, "yes" if checkpointing else "no", *parts(cell(LARGE[0], own, 1))[3:-1]])
+    return table(["--tokens-per-device", "checkpointing", *HEAD[3:-1]], rows)
+
+
+def long_pairs(cell) -> str:
+    """Pairs of many tokens, one a row."""
+    rows = []
+    for tokens, (tuning, (flags, count)) in product((4096, 16_384), TUNINGS.items()):
+        sizes = {"prompt": tokens - tokens // 16, "response": tokens // 32, "tokens_per_device": tokens, "pairs": 8}
+        rows.append([tokens, tuning, count, *parts(cell(LARGE[0], replace(PAGE, **flags, **sizes), count))[3:-1]])
+    return table(["tokens a pair", "trained", "devices", *HEAD[3:-1]], rows)
+
+
+def beside_real(numbers: dict) -> tuple[str, float]:
+    """Simulated beside measured, and the largest growth of the measured where the tokens double."""
+    steps = [(name, Args(pairs=pairs)) for name, pairs in REAL]
+    for tokens in REAL_TOKENS:
+        steps.append(("tiny", replace(PAGE, pairs=1, prompt=tokens - 512, response=256, tokens_per_device=tokens)))
+    rows, measured = [], []
+    for name, own in steps:
+        found = {
+            "simulated": max(simulate(make_config(name), own, gpu=False)["peaks"].values()),
+            "measured": real(name, own, GIVE_BACK),
+            "without the setting": real(name, own, {}),
+        }
+        numbers[f"a real step, {key(name, own, 1)}"] = found
+        measured.append(found["measured"])
+        cells = (f"{found[side] / 2**20:.0f} ({found[side] / found['simulated']:.2f})" for side in found)
+        step = f"{own.pairs} x ({own.prompt} + 2 x {own.response})"
+        rows.append([name + ", checkpointing" * own.gradient_checkpointing, step, *cells])
+    longer = measured[-len(REAL_TOKENS) :]
+    growth = max(two / one for one, two in zip(longer, longer[1:]))
+    return table(["model", "pairs x tokens", *found], rows), growth
+
+
+def key(name: str, args: Args, devices: int) -> str:
+    """What is simulated, with all flags that are not as Args has them."""
+    flags = [f"{flag} {value}" for flag, value in vars(args).items() if value != getattr(Args, flag)]
+    return ", ".join([name, f"{devices} devices", *flags])
+
+
+def page() -> tuple[str, dict]:
+    """The page in markdown, and its numbers."""
+    numbers = {}
+
+    def cell(name: str, own: Args, devices: int) -> dict:
+        if (known := key(name, own, devices)) not in numbers:
+            numbers[known] = at_depth(name, own, devices)
+            print(f"{known}: {peak(numbers[known]):.1f} GiB", file=sys.stderr, flush=True)
+        return numbers[known]
+
+    checks, growth = beside_real(numbers)
     text = f"""# What fits where
 
-{note}`python benchmarks/memory.py --save benchmarks/results/memory`, at commit {commit()} on {machine()}.
+`python benchmarks/memory.py --save benchmarks/results/memory`, at commit {commit()} on {machine()}.
 
-**Every number in GiB on this page is simulated**, but for the column that says measured: no GPU was used. A step of
-{args.pairs} pairs, a prompt of {args.prompt} and responses of {args.response} tokens each, --tokens-per-device
-{args.tokens_per_device}, AdamW, bf16 compute; over more than {args.pairs} devices one pair each. A card is said to hold
-a step that takes at most {FILLED:.0%} of it, as the CUDA context, NCCL's buffers and fragments are not counted.
+**All numbers are simulated**, but for the measured ones of the last table: no GPU was used. A step of {PAGE.pairs}
+pairs, a prompt of {PAGE.prompt} and responses of {PAGE.response} tokens each, AdamW, bf16 compute, --tokens-per-device
+{PAGE.tokens_per_device}; over more than {PAGE.pairs} devices one pair each. dpo_pg.py has AdamW here, too; its default
+is RMSprop, which has one moment instead of two. A card is said to hold a step that takes at most {FILLED:.0%} of it, as
+the CUDA context, NCCL's buffers and fragments are not counted. Peaks are extrapolated linearly from {DEPTHS[0]} and
+{DEPTHS[1]} layers, separately for each phase of the step (tests/test_memory.py checks it with a small model).
 
-## Peak per device, and the fewest devices
+## What fits, and how it scales
 
 With --gradient-checkpointing; LoRA of rank 16 over frozen bf16 weights, full in float32. One device is the plain
-script, more are configs/fsdp2.yaml. Under a card: the smallest of these numbers of devices that it takes; -: more.
+script, more are sharded as by configs/fsdp2.yaml. Under a card: the fewest of that size, among the numbers shown (-:
+more). Under a number of devices: GiB at the peak of each, and in brackets the GB that it sends a step.
 
-{table(["model", "trained", "GiB", *(f"{count} x" for count in devices), *(f"{size} GB" for size in CARDS)], first)}
+{fits(cell)}
 ## What it is made of
 
-{seven}, as above. dgpo.py, hdpo.py and dpl.py take the same: two of them store the log-probs of the reference before.
+{LARGE[0]}, as above. dgpo.py, hdpo.py and dpl.py take the same: two of them store the reference's log-probs before.
 eps_dpo.py runs a reference at every step: without LoRA a second model, on each device whole. dpo_pg.py has a second
 gradient. Sent: by each device in a ring, for all-gathers in bf16 and reduce-scatters in float32.
 
-{table(["script", "trained", "devices", *HEAD], scripts)}
-## Less room: shorter rows, checkpointing
+{made_of(cell)}
+## Saving memory
 
-{seven}, LoRA, one device.
+{LARGE[0]}, LoRA, one device.
 
-{table(["--tokens-per-device", "checkpointing", *HEAD[3:-1]], rows)}
+{less_room(cell)}
 ## Long pairs
 
-{seven}, pairs of so many tokens, one a row, 15/16 of them the prompt; --gradient-checkpointing, 8
-pairs a step.
+{LARGE[0]}, pairs of so many tokens, one a row, 15/16 of them the prompt; --gradient-checkpointing, 8 pairs a step.
 
-{table(["tokens a pair", "trained", "devices", *HEAD[3:-1]], long)}
+{long_pairs(cell)}
 ## Against real steps
 
-On this CPU, in float32, all weights trained, AdamW: the peak of a process's memory above what it had before it built
-the model, beside the simulation of the same. Measured is with {" ".join("=".join(one) for one in GIVE_BACK.items())},
-so that the process gives back what a step frees; as it is, glibc keeps some of it, for which a GPU's allocator has its
-own ways. On a CPU the rejected response has a mask of its
-own tokens by its keys, on a GPU none.
+On this CPU, in float32, all weights trained, AdamW, with all layers: the peak of a process's memory above what it had
+before it built the model, in MiB, and in brackets its ratio to the simulation of the same. Measured is with
+{" ".join("=".join(one) for one in GIVE_BACK.items())}, so that the process gives back what a step frees; without that
+setting glibc keeps some of it, for which a GPU's allocator has its own ways. On a CPU the rejected response has a mask
+of its own tokens by its keys, on a GPU none.
 
 Memory grows with the tokens of a row, not with their square (twice the tokens at most {LINEAR} times the memory, in the
 last rows): **{said(growth <= LINEAR)}**, at most {growth:.2f} times.
 
-{table(["model", "step", "simulated MiB", "measured MiB", "to simulated", "as it is, MiB", "to simulated"], checks)}
-The tables above are drawn from {DEPTHS[0]} and {DEPTHS[1]} layers to the model's own number, each phase of the step by
-itself. The same with all its layers, peak in GiB:
-
-{table(["model", "trained", "devices", "all layers", "drawn"], depth)}"""
+{checks}"""
     return text, numbers
 
 
@@ -549,12 +539,14 @@ def main(args: Args) -> None:
         print(f"{args.model}, simulated; weights to peak in GiB per device\n")
         print(table(["script", "devices", *HEAD], rows))
         return
-    text, numbers = page(args)
+    if args != Args(save=args.save):
+        common.fail("the page takes no flag but --save; for numbers of your own name a --model")
+    text, numbers = page()
     print(text)
     if args.save:
-        Path(f"{args.save}.md").write_text(text)
-        data = {"commit": commit(), "machine": machine(), "args": asdict(args), "bytes": numbers}
+        data = {"commit": commit(), "machine": machine(), "bytes": numbers}
         Path(f"{args.save}.json").write_text(json.dumps(data, indent=1) + "\n")
+        Path(f"{args.save}.md").write_text(text)
 
 
 if __name__ == "__main__":

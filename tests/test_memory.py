@@ -67,13 +67,23 @@ def test_memory_grows_with_tokens():
     assert 1.3 < peaks[1] / peaks[0] < 2.1
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 2}])
-def test_a_line_through_two_depths(flags, monkeypatch):
+@pytest.mark.parametrize(
+    ("devices", "flags"),
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"lora_rank": 2}),
+        (1, {"lora_rank": 2, "gradient_checkpointing": False}),
+        (2, {"script": "eps_dpo"}),
+        (2, {"script": "dpo_pg"}),
+    ],
+)
+def test_a_line_through_two_depths(devices, flags, monkeypatch):
     """It ends where all layers do, although the highest phase is another one there."""
     kind, numbers = memory.SHAPES["tiny"]
     monkeypatch.setitem(memory.SHAPES, "deep", (kind, numbers | {"num_hidden_layers": 12}))
-    args = replace(ARGS, gradient_checkpointing=True, response=100, **flags)
-    drawn, whole = memory.at_depth("deep", args, 2), memory.simulate(memory.make_config("deep"), args, 2)
+    args = replace(ARGS, **{"gradient_checkpointing": True, "response": 100} | flags)
+    drawn, whole = memory.at_depth("deep", args, devices), memory.simulate(memory.make_config("deep"), args, devices)
     assert memory.peak(drawn) == pytest.approx(memory.peak(whole), rel=1e-3)
     assert drawn["sent"] == pytest.approx(whole["sent"], rel=1e-3)
 
@@ -92,9 +102,21 @@ def test_a_real_step():
 
 
 @pytest.mark.slow
-def test_fast_page(tmp_path, monkeypatch):
+def test_page(tmp_path, monkeypatch):
+    """All sections: a card that holds half a step but no whole one, and memory that triples where tokens double."""
+    peaks = [memory.peak(memory.at_depth("tiny", memory.PAGE, count)) for count in (1, 2)]
+    own = {"LARGE": ("tiny",), "DEVICES": (1, 2), "REAL": (("tiny", 1),), "REAL_TOKENS": (1024, 2048)}
+    own["CARDS"] = sum(peaks) / 2 / memory.FILLED, 24
+    for name, value in own.items():
+        monkeypatch.setattr(memory, name, value)
     monkeypatch.setattr(memory, "real", lambda _name, args, _environment: 1e6 * args.prompt)
-    memory.main(replace(ARGS, fast=True, save=str(tmp_path / "memory")))
+    memory.main(memory.Args(save=str(tmp_path / "memory")))
     page, numbers = (tmp_path / "memory.md").read_text(), json.loads((tmp_path / "memory.json").read_text())["bytes"]
-    assert "fast version" in page and "| dpo_pg | full | 2 |" in page and "**does not hold**, at most 3.00" in page
-    assert all(found["peaks"] for name, found in numbers.items() if not name.startswith("measured"))
+    assert "| tiny | full | simulated | 2 | 1 | 0.1 | 0.1 (0) |\n" in page
+    assert "| dpo_pg | full | 8 |" in page and "**does not hold**, at most 3.00" in page
+    assert memory.peak(numbers["tiny, 2 devices, gradient_checkpointing True"]) == peaks[1]
+
+
+def test_flags_of_the_page():
+    with pytest.raises(SystemExit, match="name a --model"):
+        memory.main(memory.Args(lora_rank=8))
