@@ -67,8 +67,8 @@ CONFUSED = (
 ERROR = "undecided within two standard errors, which are paired over problems and seeds"
 BEST = f"the best pass@1 of the betas, mean over seeds, is higher for eps-DPO (eps 0.01) than for DPO; {ERROR}"
 PAYS = (
-    "mean over the betas of eps-DPO (eps 0.01) whose KL lies within DPO's range: pass@1 above DPO's at the same KL, "
-    f"the latter interpolated in log KL between its betas; {ERROR}"
+    "for each beta of eps-DPO (eps 0.01) whose KL lies between those of two of DPO's: pass@1 above that of both, as a "
+    f"line between two points of a bent frontier is below it; undecided where it is above one of them; {ERROR}"
 )
 
 
@@ -163,13 +163,16 @@ def examine(folder: Path, dataset) -> dict:
     return found
 
 
-def at_kl(kl: float, frontier: list[tuple]):
-    """The reward at `kl` on the lines through (log KL, reward) points, as the figure draws them; None outside."""
+def around(kl: float, frontier: list[tuple]) -> list:
+    """The rewards of the two of these (KL, reward) between which `kl` lies; empty outside."""
     frontier = sorted(frontier, key=lambda point: point[0])
-    for (left, low), (right, high) in zip(frontier, frontier[1:]):
-        if left <= kl <= right:
-            return low + (high - low) * math.log(kl / left) / math.log(right / left)
-    return None
+    return next(([low, high] for (left, low), (right, high) in pairwise(frontier) if left <= kl <= right), [])
+
+
+def above_both(differences: list[torch.Tensor]) -> bool | None:
+    """Whether a reward less each of two others, (seeds, problems) each, is above 0; None where the two disagree."""
+    decisions = {report.decide(float(one.mean()), paired_error(one)) for one in differences}
+    return decisions.pop() if len(decisions) == 1 else None
 
 
 def seed_error(values: list[float]) -> float:
@@ -273,9 +276,9 @@ def main(args: Args) -> None:
     best = {e: max((rewards[e, b] for b in BETAS), key=torch.mean) for e in (0, 0.01)}
     gain = best[0.01] - best[0]  # (seeds, problems)
     frontier = [(fmean(kls[0, b]), rewards[0, b]) for b in BETAS]
-    dpo = {b: at_kl(fmean(kls[0.01, b]), frontier) for b in BETAS}
-    same_kl = [rewards[0.01, b] - dpo[b] for b in BETAS if dpo[b] is not None]
-    same_kl = torch.stack(same_kl).mean(0) if same_kl else None
+    # beta -> pass@1 less that of DPO's two neighbours in KL, (seeds, problems) each
+    same_kl = {b: [rewards[0.01, b] - one for one in around(fmean(kls[0.01, b]), frontier)] for b in BETAS}
+    same_kl = {b: both for b, both in same_kl.items() if both}
 
     text = (
         f"Share of adapted held-out pairs ({len(dataset)}), policies of eps 0.01, beta 1; mean over seeds (range).\n\n"
@@ -294,12 +297,8 @@ def main(args: Args) -> None:
         return report.spread(rewards[epsilon, beta].mean(1).tolist())
 
     text += "\nReward and KL for each beta (eps-DPO: at the start, eps 0.01).\n\n" + report.table(
-        ["beta", "DPO: KL", "DPO: pass@1", "eps-DPO: KL", "eps-DPO: pass@1", "DPO at eps-DPO's KL"],
-        [
-            [f"{b:g}", report.spread(kls[0, b]), pass1(0, b), report.spread(kls[0.01, b]), pass1(0.01, b)]
-            + ["outside" if dpo[b] is None else f"{float(dpo[b].mean()):.3f}"]
-            for b in BETAS
-        ],
+        ["beta", "DPO: KL", "DPO: pass@1", "eps-DPO: KL", "eps-DPO: pass@1"],
+        [[f"{b:g}", report.spread(kls[0, b]), pass1(0, b), report.spread(kls[0.01, b]), pass1(0.01, b)] for b in BETAS],
     )
 
     def compared(difference: torch.Tensor) -> str:
@@ -342,9 +341,9 @@ def main(args: Args) -> None:
         ),
         report.Verdict(
             12, fig4b, "A better reward for the same KL than a fixed beta.", PAYS,
-            None if same_kl is None else report.decide(float(same_kl.mean()), paired_error(same_kl)),
-            "no KL in DPO's range" if same_kl is None else
-            "beta " + ", ".join(f"{b:g}" for b in BETAS if dpo[b] is not None) + f": {compared(same_kl)}",
+            report.all_hold(*map(above_both, same_kl.values())) if same_kl else None,
+            "; ".join(f"beta {b:g}: {' and '.join(map(compared, both))}" for b, both in same_kl.items())
+            or "no KL in DPO's range",
         ),
     ]  # fmt: skip
     report.save(args, "eps_control", verdicts, text, draw(runs, found, kl, rewards, args.seeds))

@@ -256,14 +256,19 @@ def test_the_smaller_step_decides(last, at_least, found):
     assert eps_control.rises(values, at_least) is found
 
 
-def test_reward_at_a_kl_lies_on_the_frontier():
-    frontier = [(4.0, 0.8), (1.0, 0.2), (2.0, 0.6)]
-    assert eps_control.at_kl(2**0.5, frontier) == pytest.approx(0.4)  # half way in log KL
-    assert eps_control.at_kl(2**1.5, frontier) == pytest.approx(0.7)
-    assert eps_control.at_kl(4.0, frontier) == pytest.approx(0.8)
-    vectors = [(kl, torch.tensor([value, 0.0])) for kl, value in frontier]
-    assert eps_control.at_kl(2**0.5, vectors).tolist() == pytest.approx([0.4, 0.0])
-    assert eps_control.at_kl(0.9, frontier) is None and eps_control.at_kl(4.1, frontier) is None
+def test_neighbours_on_the_frontier():
+    frontier = [(4.0, "c"), (1.0, "a"), (2.0, "b")]
+    assert eps_control.around(1.5, frontier) == ["a", "b"] and eps_control.around(4.0, frontier) == ["b", "c"]
+    assert eps_control.around(0.9, frontier) == eps_control.around(4.1, frontier) == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "holds"), [(1.0, 2.0, True), (-1.0, -2.0, False), (1.0, -1.0, None), (1.0, 0.0, None)]
+)
+def test_above_both_neighbours(low, high, holds):
+    noise = 0.1 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    noise -= noise.mean()
+    assert eps_control.above_both([low + noise, high + noise]) is holds
 
 
 @pytest.mark.slow
