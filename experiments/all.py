@@ -105,9 +105,9 @@ def join(results: Path) -> str:
         + overview(lines)
         + "\n## Every test with its numbers\n\n"
         "Every line was printed by a file of [experiments/](..), which says what it does and has the threshold, "
-        "written before the run that is shown, but where a second look at the runs led to a stricter one (claim 9's rule "
-        "of Sec. 5.4, claim 12 at the same KL, claim 13) or to another line (claim 8 at beta 0.1, claim 15 after as many "
-        "steps); learning rates and beta come from pilot runs with one seed. What does "
+        "written before the run that is shown, but where a second look at the runs led to a stricter one (claim 9's "
+        "rule of Sec. 5.4, claim 12 at the same KL, claim 13) or to another line (claim 8 at beta 0.1, claim 15 after "
+        "as many steps); learning rates and beta come from pilot runs with one seed. What does "
         "not hold at this scale is left standing as such: it says something about the toy at least as often as about "
         f"the paper. Ranges are over seeds. `python experiments/all.py`, on {'; '.join(machines)}.\n\n"
         + report.table(

@@ -5,7 +5,7 @@
                                         Fig. 4b: a better best reward than DPO's, for all its fixed beta (the paper
                                         claims a better reward at the same KL too, against TR-DPO)
 
-    python experiments/eps_control.py        (two CPU cores, about ten minutes)
+    python experiments/eps_control.py        (two CPU cores, 12 minutes)
 
 eps_dpo.py and hdpo.py --alpha 1 (DPO) on the toy, one epoch of 128 steps of 16 pairs, three seeds. Labels of real pairs
 are not all right, which is what an adaptive beta is for: a quarter of the training pairs have theirs exchanged. The
