@@ -46,7 +46,7 @@ class Args:
     rounds: int = 3
     """Turns of each side, after the steps that choose TRL's per-device batch"""
     tokens_per_device: int = 1024
-    """This repo's bound on a micro-batch: longer rows gain nothing on a CPU (scaling.py) and take more memory"""
+    """This repo's bound on a micro-batch: longer rows gain little on a CPU (scaling.py) and take more memory"""
     trl_batches: tuple[int, ...] = (1, 2, 4, 8)
     """TRL's per-device batches to choose the fastest from, ascending divisors of --pairs, to which they accumulate"""
     trl_python: str = ""
