@@ -6,7 +6,7 @@
     H-DPO      https://arxiv.org/abs/2411.07595              Table 2: diversity rises with alpha in 0.8 ... 1.2
     eps-DPO    https://arxiv.org/abs/2502.13177              Fig. 3: a larger eps adapts more often
 
-    python experiments/real_model.py --dataset hh_harmless.jsonl.gz        (docs/real_models.md; two CPU cores, hours)
+    python experiments/real_model.py --dataset hh_harmless.jsonl.gz        (docs/real_models.md; two cores, 90 minutes)
     python experiments/real_model.py --model mistralai/Mistral-7B-Instruct-v0.2 --dataset-config "" \
         --dataset HuggingFaceH4/ultrafeedback_binarized --split train_prefs --max-tokens 2048 --held-out 500 \
         --steps 400 --batch-size 64 --lora-rank 16 --gradient-checkpointing --prompts 200 --samples 25 \
